@@ -1,0 +1,133 @@
+"""A nested problem: two scalar losses over the same trees of parameters and hyperparameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from hypergrad.tree import Leaves, Tree
+
+__all__ = ["Loss", "ModuleProblem", "Problem", "module_problem"]
+
+Loss = Callable[[Tree, Tree, Any], Tensor]
+"""``(params, hparams, batch) -> scalar tensor``."""
+
+ModuleLoss = Callable[[nn.Module, Tree, Any], Tensor]
+"""``(module, hparams, batch) -> scalar tensor``."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """min_h F(w*(h), h)  with  w*(h) = argmin_w f(w, h).
+
+    Attributes:
+        inner_loss: f, ``(params, hparams, batch) -> scalar tensor``.
+        outer_loss: F, the same signature; it may depend on hparams directly.
+
+    Both must be deterministic functions of their arguments for `check_hypergradient`; random
+    draws (dropout, augmentation) belong to the batch or are seeded from it.
+    """
+
+    inner_loss: Loss
+    outer_loss: Loss
+
+
+@dataclass(frozen=True)
+class ModuleProblem(Problem):
+    """A `Problem` made from a module by `module_problem`; keeps the module and its two losses."""
+
+    module: nn.Module
+    module_inner_loss: ModuleLoss
+    module_outer_loss: ModuleLoss
+
+
+class _Call(nn.Module):
+    """Runs ``loss(module, hparams, batch)`` as a forward, so that `functional_call` can swap tensors."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, loss: ModuleLoss, hparams: Tree, batch: Any) -> Tensor:
+        return loss(self.module, hparams, batch)
+
+
+def module_problem(
+    module: nn.Module, inner_loss: ModuleLoss, outer_loss: ModuleLoss
+) -> tuple[ModuleProblem, dict[str, Tensor]]:
+    """Return the problem over a module's parameters, and those parameters by name.
+
+    The losses take the module itself, ``(module, hparams, batch) -> scalar``; any method,
+    hook or parametrization of it sees the swapped parameters (`torch.func.functional_call`).
+
+    Buffers: every evaluation works on copies, so BatchNorm running statistics are never
+    changed by a hypergradient; in train mode BatchNorm normalizes by the batch, in eval mode
+    by the module's own running statistics.
+    Frozen parameters stay constant; tied parameters appear once, under their first name.
+    """
+    call = _Call(module)
+
+    def functional(loss: ModuleLoss) -> Loss:
+        def evaluate(params: Tree, hparams: Tree, batch: Any) -> Tensor:
+            buffers = {f"module.{k}": b.detach().clone() for k, b in module.named_buffers()}
+            named = {f"module.{k}": p for k, p in params.items()}
+            out = torch.func.functional_call(
+                call, {**buffers, **named}, (loss, hparams, batch), tie_weights=True
+            )
+            return cast(Tensor, out)
+
+        return evaluate
+
+    problem = ModuleProblem(
+        functional(inner_loss), functional(outer_loss), module, inner_loss, outer_loss
+    )
+    return problem, dict(module.named_parameters())
+
+
+def evaluate(
+    loss: Loss, which: str, params: Leaves, hparams: Leaves, batch: Any, at: str = ""
+) -> Tensor:
+    """Evaluate a loss at the given leaves and check what it returned.
+
+    Args:
+        loss: the inner or the outer loss.
+        which: its name for messages.
+        params: leaves of the parameters.
+        hparams: leaves of the hyperparameters.
+        batch: passed through.
+        at: where in a longer computation, for messages (such as ``" at step 3"``).
+
+    Raises:
+        TypeError: the loss returned something else than a scalar tensor.
+        FloatingPointError: the loss is NaN or infinite.
+    """
+    value = loss(params.tree(), hparams.tree(), batch)
+    check_scalar(value, which, at)
+    return value
+
+
+def check_scalar(value: Any, which: str, at: str = "") -> None:
+    """Check that a loss value is a finite floating scalar tensor; see `evaluate`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{which} must return a scalar tensor, but got {type(value).__name__}{at}.")
+    if value.numel() != 1 or value.dim() > 1 or not value.is_floating_point():
+        raise TypeError(
+            f"{which} must return a floating scalar tensor, but got shape {tuple(value.shape)} "
+            f"and dtype {value.dtype}{at}; reduce it with .mean() or .sum()."
+        )
+    if not bool(torch.isfinite(value)):
+        raise FloatingPointError(f"{which} is {value.item()}{at}; expected a finite number.")
+
+
+def check_finite(grads: Sequence[Tensor], names: Sequence[str], what: str) -> None:
+    """Raise FloatingPointError naming the first tensor with a NaN or an infinity."""
+    for grad, name in zip(grads, names, strict=True):
+        if not bool(torch.isfinite(grad).all()):
+            bad = int((~torch.isfinite(grad)).sum())
+            raise FloatingPointError(
+                f"{what} has {bad} non-finite of {grad.numel()} entries in {name}."
+            )

@@ -1,0 +1,42 @@
+"""How a hypergradient was obtained, or why its solver stopped early."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = ["Status"]
+
+
+class Status(Enum):
+    """Outcome of an estimator or a linear solver; never discarded, never silent.
+
+    `ok` is true where the result is what was asked for: the tolerance was met, or no
+    tolerance was involved.  A result with `ok` false is the best iterate found.
+    """
+
+    EXACT = "exact", True, "the derivative of the computation itself; no iterative solve"
+    CONVERGED = "converged", True, "the residual reached the tolerance"
+    APPROXIMATE = "approximate", True, "biased by construction: a truncated or one-step formula"
+    MAX_ITER = "max_iter", False, "the iteration limit came before the tolerance"
+    STALLED = "stalled", False, "rounding stopped the residual above the tolerance"
+    NEGATIVE_CURVATURE = (
+        "negative_curvature",
+        False,
+        "the operator is not positive definite: params are not at an inner minimum; "
+        "add damping or use a GGN operator",
+    )
+    BREAKDOWN = "breakdown", False, "the operator is singular, or not symmetric, along a direction"
+    DIVERGED = "diverged", False, "the residual grew beyond its start"
+
+    ok: bool
+    message: str
+
+    def __new__(cls, value: str, ok: bool, message: str) -> Status:  # noqa: D102
+        member = object.__new__(cls)
+        member._value_ = value
+        member.ok = ok
+        member.message = message
+        return member
+
+    def __str__(self) -> str:
+        return f"{self.value}: {self.message}"
