@@ -3,6 +3,7 @@
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.status import Status
+from hypergrad.views import TwoViewLoss, two_view_grad
 
 __all__ = [
     "Estimator",
@@ -11,5 +12,7 @@ __all__ = [
     "ModuleProblem",
     "Problem",
     "Status",
+    "TwoViewLoss",
     "module_problem",
+    "two_view_grad",
 ]

@@ -8,10 +8,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hypergrad.tree import Leaves, Tree
+from hypergrad.tree import Leaves, Tree, zeros_for_none
+from hypergrad.views import TwoViewLoss, two_view_grad
 
-__all__ = ["Loss", "ModuleProblem", "Problem", "module_problem"]
+__all__ = ["Loss", "ModuleProblem", "Problem", "inner_gradient", "module_problem"]
 
 Loss = Callable[[Tree, Tree, Any], Tensor]
 """``(params, hparams, batch) -> scalar tensor``."""
@@ -46,7 +48,7 @@ class ModuleProblem(Problem):
 
 
 class _Call(nn.Module):
-    """Runs ``loss(module, hparams, batch)`` as a forward, so that `functional_call` can swap tensors."""
+    """Runs ``loss(module, hparams, batch)`` as a forward, for `functional_call`."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -108,6 +110,43 @@ def evaluate(
     value = loss(params.tree(), hparams.tree(), batch)
     check_scalar(value, which, at)
     return value
+
+
+def inner_gradient(
+    problem: Problem, params: Leaves, hparams: Leaves, batch: Any, at: str = ""
+) -> tuple[Tensor, list[Tensor]]:
+    """Return f and ∇_w f at the given leaves; the gradient is differentiable in w and h.
+
+    A parameter that does not enter the loss gets a zero gradient.  A `TwoViewLoss` gets its
+    two-view gradient.  Attention runs on the math backend, the only one with a second
+    derivative.
+
+    Raises:
+        ValueError: the loss depends on none of the parameters.
+        TypeError, FloatingPointError: see `evaluate`.
+    """
+    loss = problem.inner_loss
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        if isinstance(loss, TwoViewLoss):
+            views, tree = loss.loss, hparams.tree()
+
+            def two_views(moving: list[Tensor], frozen: list[Tensor]) -> Tensor:
+                value = views(params.rebuild(moving), params.rebuild(frozen), tree, batch)
+                check_scalar(value, "inner_loss", at)
+                return value
+
+            value, grads = two_view_grad(two_views, params.tensors)
+            return value.detach(), grads
+        value = evaluate(loss, "inner_loss", params, hparams, batch, at)
+        found: Sequence[Tensor | None] = [None] * len(params.tensors)
+        if value.requires_grad:
+            found = torch.autograd.grad(value, params.tensors, create_graph=True, allow_unused=True)
+        if all(g is None for g in found):
+            raise ValueError(
+                f"inner_loss depends on none of the parameters {params.names}{at}; "
+                "was it computed under no_grad, or with a detached tensor?"
+            )
+    return value.detach(), zeros_for_none(found, params.tensors)
 
 
 def check_scalar(value: Any, which: str, at: str = "") -> None:
