@@ -113,9 +113,14 @@ def evaluate(
 
 
 def inner_gradient(
-    problem: Problem, params: Leaves, hparams: Leaves, batch: Any, at: str = ""
+    problem: Problem,
+    params: Leaves,
+    hparams: Leaves,
+    batch: Any,
+    at: str = "",
+    create_graph: bool = True,
 ) -> tuple[Tensor, list[Tensor]]:
-    """Return f and ∇_w f at the given leaves; the gradient is differentiable in w and h.
+    """Return f and ∇_w f at the given leaves; with `create_graph`, differentiable in w and h.
 
     A parameter that does not enter the loss gets a zero gradient.  A `TwoViewLoss` gets its
     two-view gradient.  Attention runs on the math backend, the only one with a second
@@ -127,7 +132,7 @@ def inner_gradient(
     """
     loss = problem.inner_loss
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-        if isinstance(loss, TwoViewLoss):
+        if create_graph and isinstance(loss, TwoViewLoss):
             views, tree = loss.loss, hparams.tree()
 
             def two_views(moving: list[Tensor], frozen: list[Tensor]) -> Tensor:
@@ -140,7 +145,9 @@ def inner_gradient(
         value = evaluate(loss, "inner_loss", params, hparams, batch, at)
         found: Sequence[Tensor | None] = [None] * len(params.tensors)
         if value.requires_grad:
-            found = torch.autograd.grad(value, params.tensors, create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                value, params.tensors, create_graph=create_graph, allow_unused=True
+            )
         if all(g is None for g in found):
             raise ValueError(
                 f"inner_loss depends on none of the parameters {params.names}{at}; "

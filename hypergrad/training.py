@@ -1,0 +1,139 @@
+"""Plain training of the inner level: T optimizer steps at fixed hyperparameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from hypergrad.optimizers.base import Optimizer, State
+from hypergrad.optimizers.flat import flatten, flatten_params, unflatten
+from hypergrad.optimizers.values import Values, constants
+from hypergrad.problem import Problem, check_finite, inner_gradient
+from hypergrad.tree import Leaves, Tree, leaf_names, trainable_leaves
+
+__all__ = ["Trained", "train"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What plain training left.
+
+    Attributes:
+        params: the last iterate, detached, with the caller's `requires_grad` marks.
+        optimizer_state: to continue from.
+        losses: inner loss before each step, shape (steps,).
+    """
+
+    params: Tree
+    optimizer_state: State
+    losses: Tensor
+
+
+def train(
+    problem: Problem,
+    params: Tree,
+    hparams: Tree,
+    optimizer: Optimizer,
+    batch: Any,
+    steps: int,
+    optimizer_state: State | None = None,
+) -> Trained:
+    """Minimize the inner loss for some steps, without a graph.
+
+    The numbers are bit for bit those of the forward pass of `Unrolled`.
+
+    Args:
+        problem: its inner loss is minimized.
+        params: where to start; leaves that require grad are trained, others constant.
+        hparams: hyperparameters of the loss and of the optimizer, held fixed.
+        optimizer: the update rule.
+        batch: third argument of the loss, or a callable t -> batch for another one at each step.
+        steps: T ≥ 1.
+        optimizer_state: from an earlier call, to continue; None starts anew.
+
+    Raises:
+        ValueError: a bad number of steps, a state of other params, or nothing to train.
+        FloatingPointError: a loss, gradient or parameter is not finite; names step and tensor.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, but got {steps}.")
+    leaves = trainable_leaves(params)
+    fixed = _constant_leaves(hparams)
+    with torch.no_grad():
+        values = constants(optimizer.resolve(hparams, leaves))
+    loop = Loop(problem, leaves, fixed, optimizer, values, batch)
+    flat, state = loop.start(optimizer_state)
+    losses = []
+    for t in range(steps):
+        loss, flat, state = loop.step(t, flat, state)
+        losses.append(loss)
+    return Trained(loop.params(flat), state, torch.stack(losses))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The inner loop at fixed hyperparameters, over one flat vector."""
+
+    problem: Problem
+    leaves: Leaves
+    hparams: Leaves
+    optimizer: Optimizer
+    values: Values
+    batch: Any
+
+    def start(self, optimizer_state: State | None) -> tuple[Tensor, State]:
+        """Return the flat vector and the optimizer state before the first step."""
+        flat = flatten_params(self.leaves)
+        if optimizer_state is None:
+            return flat, self.optimizer.init(flat)
+        self.optimizer.check_state(optimizer_state, flat)
+        return flat, optimizer_state
+
+    def at(self, flat: Tensor) -> Leaves:
+        """Return fresh autograd leaves at a flat vector."""
+        views = unflatten(flat.detach(), self.leaves.tensors)
+        return replace(self.leaves, tensors=[v.requires_grad_() for v in views])
+
+    def batch_at(self, t: int) -> Any:
+        """Return the batch of step t."""
+        return self.batch(t) if callable(self.batch) else self.batch
+
+    def step(self, t: int, flat: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
+        """Take one plain step; returns the loss before it and the next iterate and state."""
+        loss, grads = inner_gradient(
+            self.problem,
+            self.at(flat),
+            self.hparams,
+            self.batch_at(t),
+            f" at step {t}",
+            create_graph=False,
+        )
+        return loss, *self.move(t, flat, flatten(grads), state)
+
+    def move(self, t: int, flat: Tensor, grad: Tensor, state: State) -> tuple[Tensor, State]:
+        """Apply the optimizer to a gradient, and check the outcome."""
+        with torch.no_grad():
+            after, state = self.optimizer.update(flat, grad, state, self.values)
+        if not bool(torch.isfinite(after).all()):
+            for vector, what in ((grad, "the gradient of inner_loss"), (after, "the update")):
+                pieces = unflatten(vector, self.leaves.tensors)
+                check_finite(pieces, self.leaves.names, f"{what} at step {t}")
+        return after, state
+
+    def params(self, flat: Tensor) -> Tree:
+        """Return the params tree at a flat vector, detached, with the caller's marks."""
+        copies = [v.clone() for v in unflatten(flat.detach(), self.leaves.tensors)]
+        return self.leaves.rebuild([c.requires_grad_() for c in copies])
+
+
+def _constant_leaves(hparams: Tree) -> Leaves:
+    flat, spec = optree.tree_flatten(hparams)
+    return Leaves(
+        [t.detach() for t in flat],
+        leaf_names(hparams, "hparams"),
+        lambda values: optree.tree_unflatten(spec, list(values)),
+    )
