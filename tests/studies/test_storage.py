@@ -1,0 +1,172 @@
+"""Storages: what is refused and how, WAL mode, the lock, reading by stock Optuna."""
+
+from __future__ import annotations
+
+import os
+import re
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import optuna
+import pytest
+
+from studies.storage import (
+    LockedError,
+    StorageError,
+    check_folder,
+    coordinator_lock,
+    default_folder,
+    masked,
+    open_storage,
+    parse_storage,
+)
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("", "empty"),
+        ("ftp://host/x", "unknown scheme 'ftp'"),
+        ("redis://localhost", "unknown scheme 'redis'"),
+        ("sqlite://", "in memory"),
+        ("sqlite:///:memory:", "in memory"),
+        ("postgresql://user:pw@host:port/x", "not a database URL"),
+    ],
+)
+def test_unusable_urls_are_refused_in_one_sentence(storage: str, message: str) -> None:
+    with pytest.raises(StorageError, match=re.escape(message)) as error:
+        parse_storage(storage)
+    assert "\n" not in str(error.value)
+    assert "pw" not in str(error.value)
+
+
+def test_a_path_is_a_sqlite_file() -> None:
+    assert parse_storage("a/b.db") == parse_storage("sqlite:///a/b.db")
+    assert parse_storage(Path("/a/b.db")) == parse_storage("sqlite:////a/b.db")
+
+
+def test_password_is_masked() -> None:
+    url = parse_storage("postgresql://me:secret@host/studies")
+    assert "secret" not in masked(url)
+    assert masked(url) == "postgresql://me:***@host/studies"
+
+
+def test_password_stays_out_of_connection_errors() -> None:
+    url = parse_storage("postgresql://me:secret@127.0.0.1:1/studies")
+    with pytest.raises(StorageError) as error:
+        open_storage(url)
+    assert "secret" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_text_file_is_not_a_database(tmp_path: Path) -> None:
+    path = tmp_path / "notes.db"
+    path.write_text("milk, bread\n" * 100)
+    with pytest.raises(StorageError, match="not a SQLite database"):
+        open_storage(parse_storage(path))
+    assert path.read_text() == "milk, bread\n" * 100
+
+
+def test_someone_elses_database_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "shop.db"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE customers (name TEXT)")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match=r"not one of Optuna.*customers"):
+        open_storage(parse_storage(path))
+    assert path.read_bytes() == before
+
+
+def test_folder_missing_or_in_place_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="does not exist"):
+        open_storage(parse_storage(tmp_path / "no" / "x.db"))
+    with pytest.raises(StorageError, match="is a folder"):
+        open_storage(parse_storage(tmp_path))
+    with pytest.raises(StorageError, match="does not exist"):
+        open_storage(parse_storage(tmp_path / "x.db"), create=False)
+    assert not (tmp_path / "x.db").exists()
+
+
+def test_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    # /proc refuses new files even for root, as a read-only mount does.
+    with pytest.raises(StorageError, match="output folder '/proc' cannot be written to"):
+        check_folder(Path("/proc"), "output folder")
+    with pytest.raises(StorageError, match="cannot be written to"):
+        open_storage(parse_storage("/proc/bilevel.db"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot be written to"):
+        check_folder(tmp_path / "file" / "below", "output folder")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes through permission bits")
+def test_folder_without_write_permission(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(StorageError, match="Permission denied"):
+        check_folder(tmp_path, "output folder")
+
+
+def test_sqlite_runs_in_wal_mode_and_waits(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    storage = open_storage(parse_storage(path))
+    with storage.engine.connect() as connection:
+        pragma = {
+            name: connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+            for name in ("journal_mode", "synchronous", "busy_timeout")
+        }
+    assert pragma == {"journal_mode": "wal", "synchronous": 1, "busy_timeout": 60_000}
+
+
+def test_stock_optuna_reads_and_continues_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    study = optuna.create_study(study_name="s", storage=open_storage(parse_storage(path)))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=2)
+    again = optuna.load_study(study_name="s", storage=f"sqlite:///{path}")
+    again.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert len(study.get_trials()) == 3
+
+
+def test_files_stand_beside_the_database() -> None:
+    assert default_folder(parse_storage("sqlite:///a/b.db")) == Path("a/b-files")
+    assert default_folder(parse_storage("postgresql://h/team")) == Path("team-files")
+
+
+def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from studies.storage import coordinator_lock
+        with coordinator_lock(Path({str(tmp_path)!r}), "s"):
+            print("held", flush=True)
+            time.sleep(60)
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdout is not None
+    try:
+        assert child.stdout.readline() == "held\n"
+        for _ in range(2):  # a refused attempt must not erase who holds it
+            with (
+                pytest.raises(LockedError, match=rf"study 's' .* process {child.pid} on "),
+                coordinator_lock(tmp_path, "s"),
+            ):
+                pass
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+    with coordinator_lock(tmp_path, "s"):
+        pass
+
+
+def test_lock_excludes_a_second_study_of_the_same_process(tmp_path: Path) -> None:
+    with (
+        coordinator_lock(tmp_path, "s"),
+        pytest.raises(LockedError, match=f"process {os.getpid()} "),
+        coordinator_lock(tmp_path, "s"),
+    ):
+        pass
