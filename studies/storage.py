@@ -193,7 +193,7 @@ def _check_sqlite(path: Path, create: bool) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what the system or the driver said, without SQLAlchemy's background link."""
+    """First line of what the system or the driver said, without SQLAlchemy's link."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     inner = getattr(error, "orig", None) or error
