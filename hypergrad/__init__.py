@@ -1,6 +1,9 @@
 """Derivatives of nested problems: min_h F(w*(h), h) with w*(h) = argmin_w f(w, h)."""
 
 from hypergrad.estimator import Estimator, Hypergradient
+from hypergrad.implicit import Implicit
+from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
+from hypergrad.operators import GGN, Curvature, Hessian
 from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.randomness import seeded
@@ -9,16 +12,26 @@ from hypergrad.training import Trained, train
 from hypergrad.views import TwoViewLoss, two_view_grad
 
 __all__ = [
+    "CG",
+    "GGN",
     "SGD",
     "Adam",
     "AdamW",
+    "Curvature",
+    "Direct",
     "Estimator",
+    "Hessian",
     "Hyper",
     "Hypergradient",
+    "Identity",
+    "Implicit",
+    "LinearSolver",
     "Loss",
     "ModuleProblem",
+    "Neumann",
     "Optimizer",
     "Problem",
+    "Solution",
     "Status",
     "Trained",
     "TwoViewLoss",

@@ -1,0 +1,165 @@
+"""Curvature operators: products with the Hessian of the inner loss or its Gauss–Newton part.
+
+All products use double backward on one retained graph: one forward and one backward pass serve
+the whole solve, a product costs about one gradient, and dropout draws one mask for all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hypergrad.flat import FlatSpace
+from hypergrad.problem import Loss, Problem, check_scalar, inner_gradient
+from hypergrad.randomness import RandomState
+from hypergrad.tree import Leaves, Tree, zeros_for_none
+
+__all__ = ["GGN", "Curvature", "Hessian", "Linearization"]
+
+
+@dataclass(frozen=True)
+class Linearization:
+    """The inner loss at a point: its gradient, products with its curvature, the cross product.
+
+    Attributes:
+        space: the flat vectors of the parameters.
+        gradient: ∇_w f, with a graph.
+        matvec: v -> A v on flat vectors.
+        hparams: leaves that the cross product is taken in.
+        n_grad: gradient evaluations that it took.
+    """
+
+    space: FlatSpace
+    gradient: Sequence[Tensor]
+    matvec: Callable[[Tensor], Tensor]
+    hparams: Leaves
+    n_grad: int
+
+    def cross(self, q: Tensor) -> list[Tensor | None]:
+        """Return (∂²f/∂w∂h)ᵀ q for each hyperparameter; None where f's gradient lacks it."""
+        return vector_jacobian(self.gradient, self.hparams.tensors, self.space.unpack(q))
+
+
+class Curvature(ABC):
+    """Which matrix stands for the inner Hessian.  Subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def at(self, problem: Problem, params: Leaves, hparams: Leaves, batch: Any) -> Linearization:
+        """Evaluate the inner loss once and return the products at this point."""
+
+
+@dataclass(frozen=True)
+class Hessian(Curvature):
+    """∂²f/∂w², exact; indefinite away from a minimum."""
+
+    def at(self, problem: Problem, params: Leaves, hparams: Leaves, batch: Any) -> Linearization:
+        _, gradient = inner_gradient(problem, params, hparams, batch)
+        space = FlatSpace.of(params.tensors)
+        product = _hessian_product(gradient, params.tensors, space)
+        return Linearization(space, gradient, product, hparams, 1)
+
+
+@dataclass(frozen=True)
+class GGN(Curvature):
+    """Jᵀ (∂²ℓ/∂z²) J + ∂²R/∂w² for an inner loss f = ℓ(z(w)) + R(w), J = ∂z/∂w.
+
+    Positive semidefinite where ℓ is convex in the outputs z and R convex in w, whatever the
+    network: what the Hessian of a network is not.  Equal to the Hessian where z is linear in w.
+
+    Attributes:
+        outputs: z, ``(params, hparams, batch) -> tensor``.
+        criterion: ℓ, ``(outputs, hparams, batch) -> scalar``.
+        regularizer: R, ``(params, hparams, batch) -> scalar``; its exact Hessian is used.
+
+    Source: Schraudolph 2002.
+    """
+
+    outputs: Callable[[Tree, Tree, Any], Tensor]
+    criterion: Callable[[Tensor, Tree, Any], Tensor]
+    regularizer: Loss | None = None
+
+    def at(self, problem: Problem, params: Leaves, hparams: Leaves, batch: Any) -> Linearization:
+        """Evaluate the loss and its parts.
+
+        Raises:
+            ValueError: criterion(outputs) + regularizer is not the inner loss.
+        """
+        random = RandomState.capture(t.device for t in params.tensors)
+        value, gradient = inner_gradient(problem, params, hparams, batch)
+        after = RandomState.capture(t.device for t in params.tensors)
+        random.restore()  # the parts draw the same dropout masks as the whole
+        space = FlatSpace.of(params.tensors)
+        tree = hparams.tree()
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            z = self.outputs(params.tree(), tree, batch)
+            z_leaf = z.detach().requires_grad_()
+            criterion = self.criterion(z_leaf, tree, batch)
+            check_scalar(criterion, "GGN criterion")
+            (z_gradient,) = torch.autograd.grad(criterion, z_leaf, create_graph=True)
+            # J v by differentiating the linear map u -> Jᵀu.
+            u = torch.zeros_like(z, requires_grad=True)
+            pulled = zeros_for_none(
+                torch.autograd.grad(z, params.tensors, u, create_graph=True, allow_unused=True),
+                params.tensors,
+            )
+            total = criterion.detach()
+            penalty = None
+            if self.regularizer is not None:
+                r = self.regularizer(params.tree(), tree, batch)
+                check_scalar(r, "GGN regularizer")
+                total = total + r.detach()
+                r_gradient = torch.autograd.grad(
+                    r, params.tensors, create_graph=True, allow_unused=True
+                )
+                used = zeros_for_none(r_gradient, params.tensors)
+                penalty = _hessian_product(used, params.tensors, space)
+        after.restore()
+        if not torch.allclose(total, value, rtol=1e-3, atol=1e-6):
+            raise ValueError(
+                "GGN: criterion(outputs) + regularizer must be the inner loss, but got "
+                f"{total.item():.6g} and inner_loss {value.item():.6g}."
+            )
+
+        def product(v: Tensor) -> Tensor:
+            (jv,) = _filled(pulled, [u], space.unpack(v))
+            (hjv,) = _filled([z_gradient], [z_leaf], [jv])
+            jhjv = space.pack(_filled([z], params.tensors, [hjv]))
+            return jhjv if penalty is None else jhjv + penalty(v)
+
+        return Linearization(space, gradient, product, hparams, 3)
+
+
+def _hessian_product(
+    gradient: Sequence[Tensor], tensors: Sequence[Tensor], space: FlatSpace
+) -> Callable[[Tensor], Tensor]:
+    return lambda v: space.pack(_filled(gradient, tensors, space.unpack(v)))
+
+
+def _filled(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    return zeros_for_none(vector_jacobian(outputs, inputs, vectors), inputs)
+
+
+def vector_jacobian(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return (∂outputs/∂inputs)ᵀ vectors on a retained graph; None for an unused input."""
+    kept = [(o, v.to(o)) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
+    if not kept:
+        return [None] * len(inputs)
+    return list(
+        torch.autograd.grad(
+            [o for o, _ in kept],
+            list(inputs),
+            [v for _, v in kept],
+            retain_graph=True,
+            allow_unused=True,
+        )
+    )
