@@ -68,7 +68,8 @@ def bijection(low: float | None, high: float | None, scale: str) -> Transform:
         logs = [None if bound is None else math.log(bound) for bound in (low, high)]
         return ComposeTransform([bijection(logs[0], logs[1], "linear"), _Exp()])
     if low is not None and high is not None:
-        return cast(Transform, biject_to(constraints.interval(low, high)))
+        interval = constraints.interval(low, high)  # type: ignore[no-untyped-call]
+        return cast(Transform, biject_to(interval))
     if low is not None:
         return ComposeTransform([_Softplus(), AffineTransform(low, 1.0)])
     if high is not None:

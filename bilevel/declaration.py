@@ -9,7 +9,7 @@ from typing import Any, Self
 from bilevel.checks import did_you_mean
 from bilevel.dependencies import decision_order
 from bilevel.domains import Domain, Fixed, Grad
-from bilevel.owners import Owner, check_owner, plain
+from bilevel.owners import check_owner, plain
 
 __all__ = ["Declaration"]
 
@@ -67,7 +67,17 @@ class Declaration(Mapping[str, Domain]):
         """Names that nothing moves."""
         return self._names("fixed")
 
-    def own(self, **owners: Owner) -> Self:
+    @property
+    def constants(self) -> dict[str, Any]:
+        """The value of each fixed name, as numbers, strings or nested tuples."""
+        return dict(self._constants)
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """All names so that each comes after those that decide whether it is active."""
+        return self._order
+
+    def own(self, **owners: str) -> Self:
         """Return the space with other owners; going back gives the space as it was.
 
         Args:

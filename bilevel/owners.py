@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from bilevel.domains import Domain, Float, Grad
 
-__all__ = ["Owner", "as_grad", "check_owner", "plain", "shared_default"]
+__all__ = ["OWNERS", "as_grad", "check_owner", "plain", "shared_default"]
 
-Owner = Literal["grad", "sampler", "shared", "fixed"]
+OWNERS = ("grad", "sampler", "shared", "fixed")
 
 
 def check_owner(name: str, domain: Domain, owner: str) -> None:
@@ -20,8 +20,8 @@ def check_owner(name: str, domain: Domain, owner: str) -> None:
     Raises:
         ValueError: unknown owner, or one that the domain refuses; says why.
     """
-    if owner not in get_args(Owner):
-        known = ", ".join(map(repr, get_args(Owner)))
+    if owner not in OWNERS:
+        known = ", ".join(map(repr, OWNERS))
         raise ValueError(f"own: the owner of {name} must be one of {known}, but got {owner!r}.")
     reason = domain.refusal(owner)
     if reason is not None:
@@ -33,8 +33,7 @@ def as_grad(domain: Domain) -> Grad:
     if isinstance(domain, Float):
         scale: Literal["linear", "log"] = "log" if domain.log else "linear"
         return Grad(domain.default_value, domain.low, domain.high, scale)
-    assert isinstance(domain, Grad)  # guaranteed by check_owner
-    return domain
+    return cast(Grad, domain)  # no other domain accepts the owner, see check_owner
 
 
 def shared_default(domain: Grad) -> float:

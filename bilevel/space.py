@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from bilevel import coordinates as _coordinates
+from bilevel import dimensions as _dimensions
+from bilevel import space_json
 from bilevel.checks import did_you_mean
 from bilevel.declaration import Declaration
 from bilevel.domains import Grad
 from bilevel.owners import as_grad
+from bilevel.space_table import table
 from bilevel.values import checked, default
+
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+    from optuna.trial import BaseTrial
 
 __all__ = ["Space"]
 
@@ -70,7 +78,7 @@ class Space(Declaration):
         """
         self._known(values, "validate")
         result: dict[str, Any] = {}
-        for name in self._order:
+        for name in self.order:
             condition = self[name].condition
             if not condition.holds(result):
                 if name in values:
@@ -87,16 +95,8 @@ class Space(Declaration):
                     f"{name} is missing; got values for {', '.join(values) or 'none'}."
                 )
             else:
-                value = default(self[name], self._owners[name], self._constants.get(name))
-            result[name] = checked(
-                name,
-                value,
-                self[name],
-                self._owners[name],
-                self._constants.get(name),
-                dtype,
-                device,
-            )
+                value = default(self, name)
+            result[name] = checked(self, name, value, dtype, device)
         return {name: result[name] for name in self if name in result}
 
     def coordinates(
@@ -120,7 +120,7 @@ class Space(Declaration):
         result = {}
         for name in self.grad:
             if name in values:
-                value = checked(name, values[name], self[name], "grad", None, dtype, device)
+                value = checked(self, name, values[name], dtype, device)
                 result[name] = _coordinates.coordinate(as_grad(self[name]), value)
             elif not self[name].when:
                 raise ValueError(
@@ -169,3 +169,102 @@ class Space(Declaration):
             if name in values and isinstance(domain, Grad) and domain.schedule is not None:
                 result[name] = _coordinates.interpolate(domain, values[name], progress)
         return result
+
+    # Sampling.
+
+    def sample(self, generator: torch.Generator) -> dict[str, Any]:
+        """Draw the sampled names uniformly (on a log scale in the logarithm).
+
+        Returns values of all active names; those that no sampler owns are at their default.
+        """
+        return _dimensions.assemble(self, lambda dimension: _dimensions.draw(dimension, generator))
+
+    def to_params(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the sampled values by the mangled names that Optuna and Ray Tune see.
+
+        For instance ``study.enqueue_trial(space.to_params({"lr": 0.1}))``.  Names are mangled
+        as ``width@arch=mlp``, ``wd[0]``; see `bilevel.dimensions`.
+
+        Args:
+            values: checked by `validate`; defaults fill up.
+        """
+        return _dimensions.scatter(self, self.validate(values, dtype=torch.float64))
+
+    def values_from_params(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of all active names behind an Optuna trial's params or a Ray config.
+
+        Entries of inactive names are ignored; names that no sampler owns are at their default.
+
+        Raises:
+            TypeError: a value of another type.
+            ValueError: an unknown name, a missing active one, or a value outside its domain.
+        """
+        return _dimensions.gather(self, params)
+
+    def suggest(self, trial: BaseTrial) -> dict[str, Any]:
+        """Ask an Optuna trial for the sampled names that are active (define-by-run).
+
+        Returns values of all active names; those that no sampler owns are at their default.
+        """
+        from bilevel.to_optuna import suggest
+
+        return suggest(self, trial)
+
+    def to_optuna(self) -> dict[str, BaseDistribution]:
+        """Return Optuna distributions by mangled name; see `bilevel.to_optuna.to_optuna`."""
+        from bilevel.to_optuna import to_optuna
+
+        return to_optuna(self)
+
+    @staticmethod
+    def from_optuna(distributions: Mapping[str, BaseDistribution]) -> Space:
+        """Return the space of Optuna distributions; see `bilevel.to_optuna.from_optuna`."""
+        from bilevel.to_optuna import from_optuna
+
+        return from_optuna(distributions)
+
+    def to_ray(self) -> dict[str, Any]:
+        """Return a Ray Tune `param_space` by mangled name; see `bilevel.to_ray.to_ray`."""
+        from bilevel.to_ray import to_ray
+
+        return to_ray(self)
+
+    @staticmethod
+    def from_ray(param_space: Mapping[str, Any]) -> Space:
+        """Return the space of a Ray Tune `param_space`; see `bilevel.to_ray.from_ray`."""
+        from bilevel.to_ray import from_ray
+
+        return from_ray(param_space)
+
+    # Storing.
+
+    def to_json(self) -> str:
+        """Return the space with its owners as JSON text."""
+        return space_json.dumps(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the space that `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no JSON, or no space.
+        """
+        return space_json.loads(cls, text)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of domains, owners and fixed values, not of order and `doc`."""
+        return space_json.fingerprint(self)
+
+    def differences(self, other: Space) -> list[str]:
+        """List what changed from this space to another, such as ``lr: high 1.0 -> 0.5``."""
+        return space_json.differences(self, other)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Space) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return table(self)

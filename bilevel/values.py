@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from bilevel.domains import Domain, Grad
+from bilevel.declaration import Declaration
+from bilevel.domains import Grad
 from bilevel.owners import as_grad, shared_default
 
 __all__ = ["checked", "default"]
@@ -15,24 +16,22 @@ __all__ = ["checked", "default"]
 _FLOATS = (torch.float32, torch.float64)
 
 
-def default(domain: Domain, owner: str, constant: Any) -> Any:
-    """Return the value that an owner starts from."""
+def default(space: Declaration, name: str) -> Any:
+    """Return the value that a name has where none is given."""
+    owner, domain = space.owner(name), space[name]
     if owner == "fixed":
-        return constant
+        return space.constants[name]
     if owner == "shared":
-        assert isinstance(domain, Grad)  # guaranteed by check_owner
-        return shared_default(domain)
+        return shared_default(cast(Grad, domain))  # a Grad by check_owner
     return domain.default_value
 
 
 def checked(
+    space: Declaration,
     name: str,
     value: Any,
-    domain: Domain,
-    owner: str,
-    constant: Any,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
 ) -> Any:
     """Return a value in the type that its domain and owner ask for.
 
@@ -41,6 +40,8 @@ def checked(
         ValueError: outside the domain, on a bound of a gradient-owned name, different elements of
             a shared one, or another value than the constant of a fixed one.
     """
+    owner, domain = space.owner(name), space[name]
+    constant = space.constants.get(name)
     if owner == "grad":
         smooth = as_grad(domain)
         # In the precision of the caller first: rounding must not hide a value on a bound.

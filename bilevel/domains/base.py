@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 from torch import Tensor
 
@@ -61,6 +62,12 @@ class Domain(ABC):
     @abstractmethod
     def refusal(self, owner: str) -> str | None:
         """Why this domain cannot have an owner; None where it can."""
+
+    def under(self, when: Mapping[str, Any]) -> Self:
+        """Return the same domain under another condition."""
+        other = copy.copy(self)
+        other._set(when=Condition(when))
+        return other
 
     def _set(self, **fields: Any) -> None:
         for name, value in fields.items():

@@ -11,7 +11,10 @@ __all__ = ["closed", "interior"]
 
 Bounds = tuple[float | None, float | None]
 
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
+_NUMPY: dict[torch.dtype, type[np.float32] | type[np.float64]] = {
+    torch.float32: np.float32,
+    torch.float64: np.float64,
+}
 
 
 @lru_cache(maxsize=1024)

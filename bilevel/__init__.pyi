@@ -1,0 +1,11 @@
+from .domains import Choice as Choice
+from .domains import Domain as Domain
+from .domains import Fixed as Fixed
+from .domains import Float as Float
+from .domains import Grad as Grad
+from .domains import Int as Int
+from .domains import Switch as Switch
+from .metrics import Cost as Cost
+from .metrics import Metrics as Metrics
+from .metrics import RunStatus as RunStatus
+from .space import Space as Space
