@@ -4,11 +4,12 @@ from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.implicit import Implicit
 from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
 from hypergrad.operators import GGN, Curvature, Hessian
-from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer
+from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer, TorchOpt, from_torch
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.randomness import seeded
 from hypergrad.status import Status
 from hypergrad.training import Trained, train
+from hypergrad.unrolled import Unrolled
 from hypergrad.views import TwoViewLoss, two_view_grad
 
 __all__ = [
@@ -33,8 +34,11 @@ __all__ = [
     "Problem",
     "Solution",
     "Status",
+    "TorchOpt",
     "Trained",
     "TwoViewLoss",
+    "Unrolled",
+    "from_torch",
     "module_problem",
     "seeded",
     "train",

@@ -1,4 +1,4 @@
-"""The estimator contract: a frozen config, an explicit state, a hypergradient that reports itself."""
+"""The estimator contract: frozen config, explicit state, a hypergradient that reports itself."""
 
 from __future__ import annotations
 
@@ -57,13 +57,15 @@ class Hypergradient:
 class Estimator(ABC, Generic[StateT]):
     """A way to compute a hypergradient.  Subclasses are frozen dataclasses.
 
-    An estimator never changes its arguments: params, hparams, module buffers and the global
-    random state are as before the call.
+    An estimator never changes its arguments: params, hparams and module buffers are as before
+    the call.  Random draws of the losses from the global generators go on as in training: one
+    draw per evaluation, so that two calls see different dropout masks; an evaluation that is
+    recomputed sees its first masks again and draws nothing more.
     """
 
     @property
     def steps(self) -> int:
-        """Inner steps that one call itself runs from `params`; 0 where it differentiates at `params`."""
+        """Inner steps that one call itself runs from `params`; 0 if it differentiates there."""
         return 0
 
     @abstractmethod

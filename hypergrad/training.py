@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from hypergrad.optimizers.base import Optimizer, State
+from hypergrad.optimizers import Optimizer, State, as_optimizer
 from hypergrad.optimizers.flat import flatten, flatten_params, unflatten
 from hypergrad.optimizers.values import Values, constants
 from hypergrad.problem import Problem, check_finite, inner_gradient
@@ -50,7 +50,7 @@ def train(
         problem: its inner loss is minimized.
         params: where to start; leaves that require grad are trained, others constant.
         hparams: hyperparameters of the loss and of the optimizer, held fixed.
-        optimizer: the update rule.
+        optimizer: the update rule: ours or a TorchOpt transformation.
         batch: third argument of the loss, or a callable t -> batch for another one at each step.
         steps: T ≥ 1.
         optimizer_state: from an earlier call, to continue; None starts anew.
@@ -61,6 +61,7 @@ def train(
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, but got {steps}.")
+    optimizer = as_optimizer(optimizer)
     leaves = trainable_leaves(params)
     fixed = _constant_leaves(hparams)
     with torch.no_grad():
@@ -128,6 +129,11 @@ class Loop:
         """Return the params tree at a flat vector, detached, with the caller's marks."""
         copies = [v.clone() for v in unflatten(flat.detach(), self.leaves.tensors)]
         return self.leaves.rebuild([c.requires_grad_() for c in copies])
+
+
+def detached(leaves: Leaves) -> Leaves:
+    """Return the same leaves as constants."""
+    return replace(leaves, tensors=[t.detach() for t in leaves.tensors])
 
 
 def _constant_leaves(hparams: Tree) -> Leaves:

@@ -2,7 +2,21 @@
 
 from hypergrad.optimizers.adam import Adam, AdamW
 from hypergrad.optimizers.base import Optimizer, State
+from hypergrad.optimizers.convert import from_torch
 from hypergrad.optimizers.sgd import SGD
+from hypergrad.optimizers.torchopt import TorchOpt, as_optimizer
 from hypergrad.optimizers.values import Hyper, Value, Values
 
-__all__ = ["SGD", "Adam", "AdamW", "Hyper", "Optimizer", "State", "Value", "Values"]
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "Hyper",
+    "Optimizer",
+    "State",
+    "TorchOpt",
+    "Value",
+    "Values",
+    "as_optimizer",
+    "from_torch",
+]

@@ -146,6 +146,6 @@ def is_zero(value: Value) -> bool:
     return isinstance(value, int | float) and value == 0
 
 
-def tuned(values: Values) -> list[str]:
-    """Return the names of the values that depend on hparams."""
-    return [key for key, v in values.items() if isinstance(v, Tensor) and v.requires_grad]
+def tuned(values: Values) -> dict[str, Tensor]:
+    """Return the values that depend on hparams."""
+    return {k: v for k, v in values.items() if isinstance(v, Tensor) and v.requires_grad}
