@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
+import numpy as np
+
 __all__ = ["Condition", "Option", "as_option", "same", "text"]
 
 Option = None | bool | int | float | str
@@ -21,6 +23,8 @@ def as_option(what: str, value: Any) -> Option:
         TypeError: neither None, bool, number nor string.
         ValueError: NaN or infinite.
     """
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, numbers.Integral):

@@ -40,10 +40,11 @@ __all__ = ["bijection", "constrain", "coordinate", "coordinate_shape", "interpol
 
 
 class _Exp(ExpTransform):
-    """exp that stays finite: the largest exponents are cut one below overflow."""
+    """exp that stays finite: exponents are cut just below overflow."""
 
     def _call(self, x: Tensor) -> Tensor:
-        return x.clamp(max=math.log(torch.finfo(x.dtype).max) - 1).exp()
+        info = torch.finfo(x.dtype)
+        return x.clamp(max=math.log(info.max) * (1 - 4 * info.eps)).exp()
 
 
 class _Softplus(SoftplusTransform):
@@ -138,7 +139,7 @@ def interpolate(domain: Grad, knots: Tensor, progress: float | Tensor) -> Tensor
         raise ValueError(
             f"knots must have shape {domain.value_shape}, but got {tuple(knots.shape)}."
         )
-    t = float(progress)
+    t = float(progress.detach()) if isinstance(progress, Tensor) else float(progress)
     if not 0 <= t <= 1:
         raise ValueError(f"progress must be in [0, 1], but got {t}.")
     last = domain.schedule - 1

@@ -93,7 +93,8 @@ class Declaration(Mapping[str, Domain]):
         for name, owner in owners.items():
             check_owner(name, self[name], owner)
             if owner == "fixed":
-                constants.setdefault(name, plain(self[name].default_value))
+                value = self[name].check(name, self[name].default_value)
+                constants.setdefault(name, plain(value))
             else:
                 constants.pop(name, None)
         return self._with(self._domains, {**self._owners, **owners}, constants)
@@ -113,15 +114,15 @@ class Declaration(Mapping[str, Domain]):
     # Other spaces.
 
     def __or__(self, other: Mapping[str, Domain]) -> Self:
-        other = other if isinstance(other, Declaration) else type(self)(other)
         twice = [name for name in other if name in self]
         if twice:
             raise ValueError(f"Space: {twice[0]!r} is in both spaces; names must be unique.")
-        return self._with(
-            {**self._domains, **other._domains},
-            {**self._owners, **other._owners},
-            {**self._constants, **other._constants},
-        )
+        union = type(self)({**self, **other})
+        parts = (self, other) if isinstance(other, Declaration) else (self,)
+        for part in parts:
+            union._owners.update(part._owners)
+            union._constants.update(part._constants)
+        return union
 
     def select(self, *names: str) -> Self:
         """Return the space of some names, in the order of this space."""
@@ -171,5 +172,5 @@ class Declaration(Mapping[str, Domain]):
         owners = self._owners if owners is None else owners
         constants = self._constants if constants is None else constants
         space._owners = {name: owners[name] for name in space}
-        space._constants = {n: v for n, v in constants.items() if space._owners.get(n) == "fixed"}
+        space._constants = {n: constants[n] for n in space if space._owners[n] == "fixed"}
         return space

@@ -46,9 +46,17 @@ def shared_default(domain: Grad) -> float:
 
 
 def plain(value: Any) -> Any:
-    """Return a checked value as what JSON can hold: tensors as numbers or nested tuples."""
+    """Return a checked value as what JSON can hold, in one way only.
+
+    A tensor with equal elements becomes a number, another one nested tuples.
+    """
+    if not isinstance(value, Tensor):
+        return value
+    first = float(value.detach().flatten()[0])
+    if bool((value.detach() == first).all()):
+        return first
 
     def tuples(values: Any) -> Any:
         return tuple(map(tuples, values)) if isinstance(values, list) else values
 
-    return tuples(value.detach().to(torch.float64).tolist()) if isinstance(value, Tensor) else value
+    return tuples(value.detach().to(torch.float64).tolist())

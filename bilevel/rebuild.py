@@ -103,14 +103,10 @@ def _options(
         known = (domain.value,)
     elif isinstance(domain, Int):
         known = tuple(int(t) for t in texts if re.fullmatch(r"-?\d+", t))
-    chosen = tuple(option for option in known if _plain_text(option) in texts)
+    by_text = {unquote(text(option)): option for option in known}
+    chosen = tuple(by_text[t] for t in texts if t in by_text)
     if len(chosen) != len(texts):
         raise ValueError(
             f"{name} is conditional on {parent}={' or '.join(texts)}, but {parent} is {domain!r}."
         )
     return chosen
-
-
-def _plain_text(option: Option) -> str:
-    """A value as in a mangled name, decoded."""
-    return unquote(text(option))

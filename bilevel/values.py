@@ -59,12 +59,13 @@ def checked(
         return result
     tensor = domain.check(name, value)
     if owner == "fixed":
-        kept = domain.check(name, constant)
-        if not torch.equal(tensor.detach().cpu(), kept.to(tensor.dtype)):
+        # In float32: the same constant may come back from a tensor of that dtype.
+        kept = domain.check(name, constant).float()
+        if not torch.equal(tensor.detach().cpu().float(), kept):
             raise ValueError(_fixed(name, constant, value))
     if owner == "shared" and not bool((tensor == tensor.flatten()[0]).all()):
         raise ValueError(f"{name} is shared: all elements must be equal, but got {value!r}.")
-    return _cast(tensor, value, dtype, device) if domain.value_shape else float(tensor)
+    return _cast(tensor, value, dtype, device) if domain.value_shape else float(tensor.detach())
 
 
 def _fixed(name: str, constant: Any, value: Any) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self, cast
 
+import numpy as np
 from torch import Tensor
 
 from bilevel.conditions import Condition, same
@@ -84,8 +86,10 @@ class Domain(ABC):
 
 
 def as_scalar(value: Any) -> Any:
-    """A tensor with one element as a Python number; everything else as it is."""
-    return value.item() if isinstance(value, Tensor) and value.dim() == 0 else value
+    """A tensor or NumPy scalar as a Python scalar; everything else as it is."""
+    if isinstance(value, Tensor) and value.dim() == 0:
+        return value.detach().item()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def check_range(kind: str, low: float, high: float, log: bool) -> None:
@@ -93,6 +97,8 @@ def check_range(kind: str, low: float, high: float, log: bool) -> None:
     if low >= high:
         hint = "; use Fixed for a constant" if low == high else ""
         raise ValueError(f"{kind}: low must be less than high, but got {low=} and {high=}{hint}.")
+    if not math.isfinite(high - low):
+        raise ValueError(f"{kind}: high - low must be finite, but got {low=} and {high=}.")
     if not isinstance(log, bool):
         raise TypeError(f"{kind}: log must be True or False, but got {log!r}.")
     if log and low <= 0:

@@ -19,9 +19,12 @@ _NUMPY: dict[torch.dtype, type[np.float32] | type[np.float64]] = {
 
 @lru_cache(maxsize=1024)
 def closed(low: float | None, high: float | None, dtype: torch.dtype) -> Bounds:
-    """Return the bounds rounded to a dtype, so that a value rounded alike stays inside."""
-    kind = _NUMPY[dtype]
-    return None if low is None else float(kind(low)), None if high is None else float(kind(high))
+    """Return the bounds rounded to a dtype, so that a value rounded alike stays inside.
+
+    Raises:
+        ValueError: a bound beyond the largest number of the dtype.
+    """
+    return _rounded(low, dtype), _rounded(high, dtype)
 
 
 @lru_cache(maxsize=1024)
@@ -33,13 +36,24 @@ def interior(low: float | None, high: float | None, dtype: torch.dtype) -> Bound
     Raises:
         ValueError: no number of the dtype lies between.
     """
+    bottom, top = closed(low, high, dtype)
     kind = _NUMPY[dtype]
-    tiny = torch.finfo(dtype).tiny
+    tiny = kind(torch.finfo(dtype).tiny)
     first = last = None
-    if low is not None:
-        first = max(float(np.nextafter(kind(low), kind(np.inf))), float(kind(low) + kind(tiny)))
-    if high is not None:
-        last = min(float(np.nextafter(kind(high), kind(-np.inf))), float(kind(high) - kind(tiny)))
+    if bottom is not None:
+        b = kind(bottom)
+        first = max(float(np.nextafter(b, kind(np.inf))), float(b + tiny))
+    if top is not None:
+        t = kind(top)
+        last = min(float(np.nextafter(t, kind(-np.inf))), float(t - tiny))
     if first is not None and last is not None and first > last:
         raise ValueError(f"no {dtype} number lies strictly between {low=} and {high=}.")
     return first, last
+
+
+def _rounded(bound: float | None, dtype: torch.dtype) -> float | None:
+    if bound is None:
+        return None
+    if abs(bound) > torch.finfo(dtype).max:
+        raise ValueError(f"the bound {bound} does not fit in {dtype}.")
+    return float(_NUMPY[dtype](bound))

@@ -8,7 +8,7 @@ from types import EllipsisType
 from typing import Any, ClassVar
 
 from bilevel.conditions import Option, as_option, same
-from bilevel.domains.base import Domain, discrete_refusal
+from bilevel.domains.base import Domain, as_scalar, discrete_refusal
 
 __all__ = ["Choice", "Fixed", "Switch"]
 
@@ -65,7 +65,7 @@ class Choice(Domain):
 
     def check(self, name: str, value: Any) -> Option:
         """Return the option; see `Domain.check`."""
-        given = value.item() if hasattr(value, "item") and not isinstance(value, str) else value
+        given = as_option(name, as_scalar(value))
         for option in self.values:
             if same(option, given):
                 return option
@@ -109,6 +109,7 @@ class Switch(Domain):
 
     def check(self, name: str, value: Any) -> bool:
         """Return a bool; see `Domain.check`."""
+        value = as_scalar(value)
         if not isinstance(value, bool):
             kind = type(value).__name__
             raise TypeError(f"{name} must be True or False, but got {value!r} ({kind}).")
