@@ -1,12 +1,15 @@
 """Derivatives of nested problems: min_h F(w*(h), h) with w*(h) = argmin_w f(w, h)."""
 
+from hypergrad.check import check_hypergradient
 from hypergrad.estimator import Estimator, Hypergradient
+from hypergrad.finite import FiniteDifference
 from hypergrad.implicit import Implicit
 from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
 from hypergrad.operators import GGN, Curvature, Hessian
 from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer, TorchOpt, from_torch
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.randomness import seeded
+from hypergrad.report import HypergradientReport
 from hypergrad.status import Status
 from hypergrad.training import Trained, train
 from hypergrad.unrolled import Unrolled
@@ -21,9 +24,11 @@ __all__ = [
     "Curvature",
     "Direct",
     "Estimator",
+    "FiniteDifference",
     "Hessian",
     "Hyper",
     "Hypergradient",
+    "HypergradientReport",
     "Identity",
     "Implicit",
     "LinearSolver",
@@ -38,6 +43,7 @@ __all__ = [
     "Trained",
     "TwoViewLoss",
     "Unrolled",
+    "check_hypergradient",
     "from_torch",
     "module_problem",
     "seeded",

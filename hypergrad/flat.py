@@ -40,7 +40,7 @@ class FlatSpace:
 
     def unpack(self, vector: Tensor) -> list[Tensor]:
         """Cut a vector into tensors of this space, in their own dtypes."""
-        pieces = vector.split([shape.numel() for shape in self.shapes])
+        pieces = torch.split(vector, [shape.numel() for shape in self.shapes])
         return [
             piece.view(shape).to(dtype)
             for piece, shape, dtype in zip(pieces, self.shapes, self.dtypes, strict=True)

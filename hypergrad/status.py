@@ -31,7 +31,7 @@ class Status(Enum):
     ok: bool
     message: str
 
-    def __new__(cls, value: str, ok: bool, message: str) -> Status:  # noqa: D102
+    def __new__(cls, value: str, ok: bool, message: str) -> Status:
         member = object.__new__(cls)
         member._value_ = value
         member.ok = ok

@@ -35,7 +35,7 @@ class Solution:
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a symmetric A given by its products.  Subclasses are frozen dataclasses."""
+    """Solves A x = b for a symmetric A given by its products; a frozen dataclass."""
 
     @abstractmethod
     def solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None = None) -> Solution:
