@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hypergrad.attention import math_attention
 from hypergrad.tree import Leaves, Tree, zeros_for_none
 from hypergrad.views import TwoViewLoss, two_view_grad
 
@@ -131,7 +132,7 @@ def inner_gradient(
         TypeError, FloatingPointError: see `evaluate`.
     """
     loss = problem.inner_loss
-    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), math_attention():
         if create_graph and isinstance(loss, TwoViewLoss):
             views, tree = loss.loss, hparams.tree()
 
@@ -165,7 +166,7 @@ def check_scalar(value: Any, which: str, at: str = "") -> None:
             f"{which} must return a floating scalar tensor, but got shape {tuple(value.shape)} "
             f"and dtype {value.dtype}{at}; reduce it with .mean() or .sum()."
         )
-    if not bool(torch.isfinite(value)):
+    if not math.isfinite(value.item()):
         raise FloatingPointError(f"{which} is {value.item()}{at}; expected a finite number.")
 
 

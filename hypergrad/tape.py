@@ -14,21 +14,20 @@ from hypergrad.optimizers.flat import flatten, unflatten, widen
 from hypergrad.optimizers.values import Values, tuned
 from hypergrad.problem import check_finite, inner_gradient
 from hypergrad.randomness import RandomState
-from hypergrad.training import Loop
+from hypergrad.training import Loop, is_finite
 from hypergrad.tree import Leaves, zeros_for_none
 
 __all__ = ["Adjoint", "Record", "Segment", "Tape"]
 
 
 class Record(NamedTuple):
-    """One differentiable step: the point, and the gradient with its graph."""
+    """One differentiable step: the point, and the flat gradient with its graph."""
 
     t: int
     flat: Tensor
     state: State
-    grad: Tensor
     leaves: Sequence[Tensor]
-    graph: Sequence[Tensor]
+    grad: Tensor
 
 
 class Segment(NamedTuple):
@@ -61,13 +60,14 @@ class Tape:
         records, losses = [], []
         for t in range(begin, end):
             at = self.loop.at(flat)
-            loss, graph = inner_gradient(
+            loss, grads = inner_gradient(
                 self.loop.problem, at, self.hyper, self.loop.batch_at(t), f" at step {t}"
             )
-            grad = flatten(graph)
-            records.append(Record(t, flat, state, grad, at.tensors, graph))
+            with torch.enable_grad():
+                grad = flatten(grads)
+            records.append(Record(t, flat, state, at.tensors, grad))
             losses.append(loss)
-            flat, state = self.loop.move(t, flat, grad, state)
+            flat, state = self.loop.move(t, flat, grad.detach(), state)
         return records, losses, flat, state
 
     def run(
@@ -137,7 +137,7 @@ class Adjoint:
         loop, hyper = self.tape.loop, self.tape.hyper
         self.flat_bar, grad_bar, self.state_bar, value_bars = loop.optimizer.adjoint(
             widen(record.flat),
-            widen(record.grad),
+            widen(record.grad.detach()),
             {**record.state, **{k: widen(v) for k, v in vectors(record.state).items()}},
             loop.values,
             self.flat_bar,
@@ -147,17 +147,15 @@ class Adjoint:
         for key, bar in value_bars.items():
             self.value_bars[key] = self.value_bars[key] + bar if key in self.value_bars else bar
 
-        pieces = unflatten(grad_bar.to(record.flat.dtype), record.leaves)
-        pairs = [(g, p) for g, p in zip(record.graph, pieces, strict=True) if g.requires_grad]
-        if pairs:
-            graph, bars = zip(*pairs, strict=True)
+        if record.grad.requires_grad:
             inputs = [*record.leaves, *hyper.tensors]
-            found = torch.autograd.grad(graph, inputs, bars, allow_unused=True)
+            bar = grad_bar.to(record.flat.dtype)
+            found = torch.autograd.grad(record.grad, inputs, bar, allow_unused=True)
             split = len(record.leaves)
-            through = zeros_for_none(found[:split], record.leaves)
-            self.flat_bar = self.flat_bar + widen(flatten(through))
+            through = flatten(zeros_for_none(found[:split], record.leaves))
+            self.flat_bar = self.flat_bar + widen(through)
             self.hyper_bars = accumulate(self.hyper_bars, found[split:])
-        if not bool(torch.isfinite(self.flat_bar).all()):
+        if not is_finite(self.flat_bar):
             pieces = unflatten(self.flat_bar, record.leaves)
             check_finite(pieces, loop.leaves.names, f"the adjoint of the params at step {record.t}")
 

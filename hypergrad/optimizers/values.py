@@ -58,14 +58,17 @@ def resolve(key: str, value: Value, hparams: Tree, params: Leaves) -> float | Te
         ValueError: a shape or tree that does not fit params; a tensor that requires grad but
             is not in hparams.
     """
-    spec = _read(key, value, hparams)
+    if isinstance(value, Hyper):
+        spec = value.read(hparams)
+    else:
+        spec = optree.tree_map(lambda leaf: _read(key, leaf, hparams), value)
     if isinstance(spec, float):
         return spec
     if isinstance(spec, Tensor):
         if spec.numel() == 1:
             return spec.reshape(()).to(double_dtype(spec.device))
         return _vector_of_tensor(key, spec, params)
-    return _vector_of_tree(key, spec, hparams, params)
+    return _vector_of_tree(key, spec, params)
 
 
 def double_dtype(device: torch.device) -> torch.dtype:
@@ -74,6 +77,7 @@ def double_dtype(device: torch.device) -> torch.dtype:
 
 
 def _read(key: str, value: Value, hparams: Tree) -> Any:
+    """Return one leaf of a value as a float, a constant tensor or an entry of hparams."""
     if isinstance(value, Hyper):
         return value.read(hparams)
     if isinstance(value, bool):
@@ -84,6 +88,11 @@ def _read(key: str, value: Value, hparams: Tree) -> Any:
         raise ValueError(
             f"optimizer {key} is a tensor that requires grad, but a hypergradient is taken in "
             f"hparams only; put it there and write {key}=Hyper(name)."
+        )
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"optimizer {key} must be a number, a tensor, a Hyper or a tree of these, but got "
+            f"{value!r}."
         )
     return value
 
@@ -103,7 +112,7 @@ def _vector_of_tensor(key: str, value: Tensor, params: Leaves) -> Tensor:
     )
 
 
-def _vector_of_tree(key: str, tree: Tree, hparams: Tree, params: Leaves) -> Tensor:
+def _vector_of_tree(key: str, tree: Tree, params: Leaves) -> Tensor:
     """Spread a prefix of the params tree over the flat vector."""
     # Integers mark where the trained tensors stand; constants keep their place.
     slots = params.rebuild(range(len(params.tensors)))  # type: ignore[arg-type]
@@ -117,7 +126,7 @@ def _vector_of_tree(key: str, tree: Tree, hparams: Tree, params: Leaves) -> Tens
     found: dict[int, Any] = {}
     for slot, value in zip(optree.tree_leaves(slots), spread, strict=True):
         if isinstance(slot, int):
-            found.setdefault(slot, _read(key, value, hparams))
+            found.setdefault(slot, value)
     like = params.tensors[0]
     numbers = all(isinstance(v, float) for v in found.values())
     dtype = double_dtype(like.device) if numbers else like.dtype
