@@ -2,6 +2,7 @@
 
 from hypergrad.check import check_hypergradient
 from hypergrad.estimator import Estimator, Hypergradient
+from hypergrad.f2sa import F2SA
 from hypergrad.finite import FiniteDifference
 from hypergrad.implicit import Implicit
 from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
@@ -10,14 +11,22 @@ from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer, TorchOpt, f
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.randomness import seeded
 from hypergrad.report import HypergradientReport
+from hypergrad.sama import SAMA
 from hypergrad.status import Status
 from hypergrad.training import Trained, train
 from hypergrad.unrolled import Unrolled
+from hypergrad.value_function import BOME, PBGD
 from hypergrad.views import TwoViewLoss, two_view_grad
+from hypergrad.zeroth_order import PZOBO
 
 __all__ = [
+    "BOME",
     "CG",
+    "F2SA",
     "GGN",
+    "PBGD",
+    "PZOBO",
+    "SAMA",
     "SGD",
     "Adam",
     "AdamW",
