@@ -4,6 +4,7 @@ from hypergrad.check import check_hypergradient
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.f2sa import F2SA
 from hypergrad.finite import FiniteDifference
+from hypergrad.forward import Forward
 from hypergrad.implicit import Implicit
 from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
 from hypergrad.operators import GGN, Curvature, Hessian
@@ -34,6 +35,7 @@ __all__ = [
     "Direct",
     "Estimator",
     "FiniteDifference",
+    "Forward",
     "Hessian",
     "Hyper",
     "Hypergradient",
