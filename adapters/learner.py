@@ -6,10 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from bilevel.space import Space
-
 from adapters.tasks import Task
 from bilevel.metrics import Metrics
+from bilevel.space import Space
 
 __all__ = ["Learner"]
 
@@ -22,12 +21,25 @@ class Learner(ABC):
         space: every hyperparameter with range, default and owner.
         needs: frozen artifacts that the task makes once (such as "clean_net").
         phases: names of the phases in order; most methods have "train" only.
+
+    Args:
+        space: the class's space with other owners or ranges.
     """
 
     name: ClassVar[str]
-    space: ClassVar[Space]
+    space: Space
     needs: ClassVar[tuple[str, ...]] = ()
     phases: ClassVar[tuple[str, ...]] = ("train",)
+
+    def __init__(self, space: Space | None = None) -> None:
+        if space is None:
+            return
+        for name in space:
+            if name not in self.space:
+                raise ValueError(
+                    f"space: {self.name} has no hyperparameter {name!r}; it has {list(self.space)}."
+                )
+        self.space = space
 
     @abstractmethod
     def setup(self, task: Task, hparams: Mapping[str, Any], *, seed: int) -> None:

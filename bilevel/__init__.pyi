@@ -1,3 +1,10 @@
+from .algorithm import OuterAlgorithm as OuterAlgorithm
+from .algorithm import OuterStep as OuterStep
+from .budget import Budget as Budget
+from .callbacks import Callback as Callback
+from .callbacks import EarlyStopping as EarlyStopping
+from .callbacks import Progress as Progress
+from .descent import Descent as Descent
 from .domains import Choice as Choice
 from .domains import Domain as Domain
 from .domains import Fixed as Fixed
@@ -5,7 +12,13 @@ from .domains import Float as Float
 from .domains import Grad as Grad
 from .domains import Int as Int
 from .domains import Switch as Switch
+from .inner import Inner as Inner
+from .inner_loop import Until as Until
 from .metrics import Cost as Cost
 from .metrics import Metrics as Metrics
 from .metrics import RunStatus as RunStatus
+from .problem_inner import ProblemInner as ProblemInner
+from .result import Result as Result
+from .schedule import Schedule as Schedule
 from .space import Space as Space
+from .tune import tune as tune

@@ -95,8 +95,6 @@ class Declaration(Mapping[str, Domain]):
             if owner == "fixed":
                 value = self[name].check(name, self[name].default_value)
                 constants.setdefault(name, plain(value))
-            else:
-                constants.pop(name, None)
         return self._with(self._domains, {**self._owners, **owners}, constants)
 
     def fix(self, **values: Any) -> Self:

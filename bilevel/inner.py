@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from hypergrad.optimizers import Optimizer
 from torch import Tensor
 
 from bilevel.metrics import Metrics
 from bilevel.space import Space
 from hypergrad import Problem
+from hypergrad.optimizers import Optimizer
 from hypergrad.tree import Tree
 
 __all__ = ["Inner"]

@@ -28,7 +28,7 @@ class RunStatus(Enum):
 
     finished: bool
 
-    def __new__(cls, value: str, finished: bool) -> RunStatus:  # noqa: D102
+    def __new__(cls, value: str, finished: bool) -> RunStatus:
         member = object.__new__(cls)
         member._value_ = value
         member.finished = finished

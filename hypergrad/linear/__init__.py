@@ -1,4 +1,8 @@
-"""Linear solvers for the adjoint system H q = ∂F/∂w, one a file."""
+"""Linear solvers for A x = b, where A is known only by its products with vectors.
+
+A solver is a frozen config with one method, `LinearSolver.solve`.  It always says how good
+its answer is: a relative residual, the number of products, and a `hypergrad.Status`.
+"""
 
 from hypergrad.linear.cg import CG
 from hypergrad.linear.direct import Direct

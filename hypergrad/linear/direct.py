@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad.linear.solution import LinearSolver, Matvec, Solution, zero_solution
+from hypergrad.linear.solution import LinearSolver, Matvec, Solution
 from hypergrad.status import Status
 
 __all__ = ["Direct"]
@@ -21,25 +21,18 @@ class Direct(LinearSolver):
     the status NEGATIVE_CURVATURE if one is negative, and BREAKDOWN if A is only singular.
 
     Attributes:
-        max_dim: largest d accepted; A takes d² numbers.
+        max_dim: largest d accepted; A takes d² numbers.  `solve` raises a ValueError beyond it.
     """
 
     max_dim: int = 2000
 
-    def solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None = None) -> Solution:
-        """Solve A x = b; `x0` is of no use here.
-
-        Raises:
-            ValueError: d is larger than `max_dim`.
-        """
+    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None) -> Solution:
         d = b.numel()
         if d > self.max_dim:
             raise ValueError(
                 f"Direct: {d} parameters need a dense {d}×{d} matrix; the limit is "
                 f"max_dim={self.max_dim}. Use CG."
             )
-        if (zero := zero_solution(b)) is not None:
-            return zero
         a = torch.stack([matvec(e) for e in torch.eye(d, dtype=b.dtype, device=b.device)])
         a = (a + a.T) / 2
         x, status = self._solve_dense(a, b)

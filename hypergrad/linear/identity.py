@@ -1,7 +1,8 @@
-"""The inverse replaced by a multiple of the identity: T1–T2."""
+"""The identity in place of the inverse: T1–T2."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,22 +15,24 @@ __all__ = ["Identity"]
 
 @dataclass(frozen=True)
 class Identity(LinearSolver):
-    """x = scale · b: no product at all.
+    """x = scale · b, as if A were I / scale.
 
-    With it, `Implicit` is T1–T2: dF/dh ≈ ∂F/∂h − scale · (∂²f/∂h∂w) ∂F/∂w, the hypergradient of
-    one inner gradient step of size `scale`.
+    In a hypergradient: dF/dh ≈ ∂F/∂h − scale · (∂²f/∂h∂w) ∂F/∂w, which is T1–T2 where `scale`
+    is the learning rate of the inner steps (Luketina et al., 2016, "Scalable gradient-based
+    tuning of continuous regularization hyperparameters", eq. 6).  No product with A at all.
 
     Attributes:
-        scale: stands for A⁻¹.
+        scale: a positive number; 1/scale should be a typical eigenvalue of A.
 
-    Source: Luketina, Berglund, Greff and Raiko 2016.
+    Raises:
+        ValueError: `scale` is not positive and finite.
     """
 
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.scale > 0:
-            raise ValueError(f"Identity: scale must be positive, but got {self.scale}.")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, but got {self.scale}.")
 
-    def solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None = None) -> Solution:
+    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None) -> Solution:
         return Solution(self.scale * b, None, 0, Status.APPROXIMATE)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hypergrad.linear.solution import (
-    LinearSolver,
-    Matvec,
-    Solution,
-    check_tolerances,
-    zero_solution,
-)
+from hypergrad.linear.solution import LinearSolver, Matvec, Solution, start
 from hypergrad.status import Status
 
 __all__ = ["Neumann"]
@@ -43,25 +38,23 @@ class Neumann(LinearSolver):
     rtol: float = 1e-6
 
     def __post_init__(self) -> None:
-        check_tolerances("Neumann", self.rtol, 0.0, self.terms)
+        if not 0 <= self.rtol < math.inf:
+            raise ValueError(f"rtol must be finite and not negative, but got {self.rtol}.")
+        if self.terms < 1:
+            raise ValueError(f"terms must be at least 1, but got {self.terms}.")
         if self.step != "auto" and not (isinstance(self.step, int | float) and self.step > 0):
-            raise ValueError(f"Neumann: step must be positive or 'auto', but got {self.step!r}.")
+            raise ValueError(f"step must be positive or 'auto', but got {self.step!r}.")
         if self.power_iterations < 1:
             raise ValueError(
-                f"Neumann: power_iterations must be at least 1, but got {self.power_iterations}."
+                f"power_iterations must be at least 1, but got {self.power_iterations}."
             )
 
-    def solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None = None) -> Solution:
-        if (zero := zero_solution(b)) is not None:
-            return zero
-        step, used = self._step(matvec, b)
+    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None) -> Solution:
+        step, spent = self._step(matvec, b)
         b_norm = float(b.norm())
-        x, r = torch.zeros_like(b), b
-        if x0 is not None:
-            r0, used = b - matvec(x0), used + 1
-            if float(r0.norm()) < b_norm:
-                x, r = x0, r0
-        start = norm = float(r.norm())
+        x, r, used = start(matvec, b, x0)
+        used += spent
+        first = norm = float(r.norm())
         best, best_norm = x, norm
         for _ in range(self.terms):
             if best_norm <= self.rtol * b_norm:
@@ -73,7 +66,7 @@ class Neumann(LinearSolver):
             if norm < best_norm:
                 best, best_norm = x, norm
         converged = best_norm <= self.rtol * b_norm
-        grown = not norm <= start
+        grown = not norm <= first
         status = Status.DIVERGED if grown else Status.MAX_ITER
         return Solution(best, best_norm / b_norm, used, Status.CONVERGED if converged else status)
 

@@ -1,4 +1,4 @@
-"""The linear-solver contract: A x = b on flat vectors, with a residual and a status."""
+"""The linear solver contract."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from hypergrad.status import Status
 __all__ = ["LinearSolver", "Matvec", "Solution"]
 
 Matvec = Callable[[Tensor], Tensor]
-"""v -> A v for a vector of shape (d,)."""
+"""``v -> A v`` on vectors of shape (n,)."""
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What a solver found.
+    """An answer to A x = b and how good it is.
 
     Attributes:
-        x: the best iterate, shape (d,).
-        residual: ‖Ax − b‖ / ‖b‖ at `x`; None where the solver never forms it.
+        x: the best iterate found, shape (n,).
+        residual: ‖A x − b‖₂ / ‖b‖₂; None where a solver does not look at it.
         n_matvec: products with A used.
-        status: why it stopped.
+        status: `Status.CONVERGED`, or why the solver stopped before.
     """
 
     x: Tensor
@@ -35,35 +35,58 @@ class Solution:
 
 
 class LinearSolver(ABC):
-    """Solves A x = b for a symmetric A given by its products; a frozen dataclass."""
+    """A way to solve A x = b.  Subclasses are frozen dataclasses and define `_solve`."""
 
-    @abstractmethod
     def solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None = None) -> Solution:
         """Solve A x = b.
 
         Args:
-            matvec: v -> A v.
-            b: right-hand side, shape (d,), finite.
-            x0: where to start (a warm start); zero if None.
+            matvec: ``v -> A v``, A square.
+            b: right-hand side, a floating vector of shape (n,).
+            x0: where to start, such as the solution of a nearby system; zero if None.
+                Solvers that do not iterate ignore it.
+
+        Raises:
+            ValueError: b is not a vector, or x0 does not have its shape.
+            FloatingPointError: b, x0 or a product with A is not finite.
         """
+        if b.dim() != 1 or not b.is_floating_point():
+            raise ValueError(
+                f"b must be a floating vector, but got shape {tuple(b.shape)} and dtype {b.dtype}."
+            )
+        if x0 is not None and x0.shape != b.shape:
+            raise ValueError(f"x0 has shape {tuple(x0.shape)}, but b has {tuple(b.shape)}.")
+        for name, vector in (("b", b), ("x0", x0)):
+            if vector is not None and not bool(torch.isfinite(vector).all()):
+                raise FloatingPointError(f"{name} must be finite, but has NaN or infinite entries.")
+        if not bool(b.any()):
+            return Solution(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
+        return self._solve(matvec, b, x0)
+
+    @abstractmethod
+    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None) -> Solution:
+        """Solve with checked arguments and b ≠ 0."""
 
 
-def zero_solution(b: Tensor) -> Solution | None:
-    """Return x = 0 where b = 0, which has no relative residual; else None."""
-    if bool((b == 0).all()):
-        return Solution(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
-    return None
+def norm(v: Tensor) -> float:
+    """‖v‖₂ as a number."""
+    return float(torch.linalg.vector_norm(v))
 
 
-def check_tolerances(name: str, rtol: float, atol: float, max_iter: int) -> None:
-    """Check the stopping rule of an iterative solver.
+def start(matvec: Matvec, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, int]:
+    """Return x, its residual b − A x, and the products used; a start worse than 0 is dropped."""
+    if x0 is not None and bool(x0.any()):
+        r = b - matvec(x0)
+        if norm(r) < norm(b):
+            return x0, r, 1
+        return torch.zeros_like(b), b, 1
+    return torch.zeros_like(b), b, 0
 
-    Raises:
-        ValueError: naming the argument.
-    """
-    if not (rtol >= 0 and atol >= 0):
-        raise ValueError(
-            f"{name}: rtol and atol must be non-negative, but got {rtol=} and {atol=}."
+
+def finite(value: float, what: str) -> float:
+    """Return `value`, or raise FloatingPointError where it is NaN or infinite."""
+    if value - value != 0.0:
+        raise FloatingPointError(
+            f"{what} is {value}: a product with the operator is not finite, or the solve overflowed."
         )
-    if max_iter < 1:
-        raise ValueError(f"{name}: max_iter must be at least 1, but got {max_iter}.")
+    return value

@@ -211,6 +211,15 @@ def test_rounding_to_float32_does_not_reach_a_bound() -> None:
     assert math.isfinite(float(space.coordinates({"p": value})["p"]))
 
 
+def test_limits_are_the_neighbors_of_the_bounds() -> None:
+    low, high = Grad(1.5, 1.0, 2.0).limits(torch.float64)
+    assert (low, high) == (math.nextafter(1.0, 2.0), math.nextafter(2.0, 1.0))
+    # Not a subnormal number: hardware that flushes those to zero would give log(0).
+    assert Grad(0.5, 0.0, 1.0).limits(torch.float32)[0] == torch.finfo(torch.float32).tiny
+    with pytest.raises(ValueError, match=r"the bound 1e\+39 does not fit in torch.float32"):
+        Grad(0.5, 0.0, 1e39).limits(torch.float32)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_device() -> None:
     space = Space(wd=Grad(1e-3, 1e-6, 1.0, "log", shape=(3,)), p=Grad(0.5, 0.0, 1.0))

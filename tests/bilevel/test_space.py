@@ -179,7 +179,7 @@ def test_validate_fills_up_and_converts() -> None:
 
 
 def test_a_number_stands_for_all_elements_in_memory_of_its_own() -> None:
-    wd = example().validate({"wd": 0.5})["wd"]
+    wd = example().validate({"wd": 0.5}, dtype=torch.float64)["wd"]
     wd[0] = 0.1
     assert wd.tolist() == pytest.approx([0.1, 0.5, 0.5])
 

@@ -228,6 +228,19 @@ def test_bad_params(change: dict[str, Any], error: type[Exception], message: str
         space.values_from_params({n: v for n, v in space.to_params({}).items() if n != "beta"})
 
 
+def test_roundings_at_a_bound_are_no_errors() -> None:
+    space = Space(lr=Float(1e-4, 0.1, log=True), wd=Grad(0.05, 0.0, 0.1, shape=(2,)))
+    space = space.own(wd="sampler")
+    above = 0.1 * (1 + 1e-15)  # exp(log(0.1)) may be that
+    params = {"lr": above, "wd[0]": 0.1, "wd[1]": 0.0}
+    values = space.values_from_params(params)
+    assert values["lr"] == 0.1
+    assert float(values["wd"][0]) > 0.1  # in float32
+    assert space.to_params(values) == {"lr": 0.1, "wd[0]": 0.1, "wd[1]": 0.0}
+    with pytest.raises(ValueError, match=r"lr must be in \[0.0001, 0.1\], but got 0.1001"):
+        space.values_from_params({**params, "lr": 0.1001})
+
+
 def test_options_with_reserved_characters_stay_unambiguous() -> None:
     space = Space(
         opt=Choice("a|b", "a", "b", "c=1&d@e[0]/100%"),

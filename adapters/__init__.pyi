@@ -1,0 +1,11 @@
+from . import tasks as tasks
+from .learner import Learner as Learner
+from .method import Method as Method
+from .method import Setting as Setting
+from .method import every as every
+from .registry import get as get
+from .registry import names as names
+from .registry import register as register
+from .tasks import Classification as Classification
+from .tasks import Task as Task
+from .trainer import Trainer as Trainer

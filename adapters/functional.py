@@ -1,0 +1,92 @@
+"""A network as a function of its trained tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+__all__ = ["Functional"]
+
+Out = TypeVar("Out")
+
+
+class _Run(nn.Module):
+    """Runs a function of a model as a forward, so that `functional_call` can swap tensors in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.model, *args)
+
+
+class Functional:
+    """Calls ``function(model, *args)`` with the model's trained tensors replaced.
+
+    Any method, hook and parametrization of the model sees the replacements
+    (`torch.func.functional_call`); a parametrized weight is computed once per call.
+
+    Args:
+        model: holds the frozen parameters and the buffers.
+        set_mode: ``(model, training)`` switches the model to training or evaluation.
+
+    Raises:
+        ValueError: no parameter of the model requires grad.
+    """
+
+    def __init__(self, model: nn.Module, set_mode: Callable[[nn.Module, bool], None]) -> None:
+        self.model = model
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        if not self.trained:
+            raise ValueError(
+                f"{type(model).__name__}: no parameter requires grad, so there is nothing to train."
+            )
+        self._run = _Run(model)
+        self._set_mode = set_mode
+        self._training: bool | None = None
+        self._parametrized = any(map(parametrize.is_parametrized, model.modules()))
+
+    @property
+    def constants(self) -> dict[str, Tensor]:
+        """Live frozen parameters and buffers by name."""
+        frozen = {n: p for n, p in self.model.named_parameters() if n not in self.trained}
+        return frozen | dict(self.model.named_buffers())
+
+    def __call__(
+        self,
+        function: Callable[..., Out],
+        params: Mapping[str, Tensor],
+        *args: Any,
+        training: bool,
+        live: bool = False,
+    ) -> Out:
+        """Call the function.
+
+        Args:
+            function: ``(model, *args) -> anything``.
+            params: the trained tensors by name.
+            *args: passed through.
+            training: mode of the model.
+            live: whether buffers that the call changes (running statistics) stay changed;
+                otherwise it works on copies.
+        """
+        if training is not self._training:
+            self._set_mode(self.model, training)
+            self._training = training
+        tensors = {f"model.{name}": value for name, value in params.items()}
+        if not live:
+            tensors |= {f"model.{n}": b.detach().clone() for n, b in self.model.named_buffers()}
+        with parametrize.cached() if self._parametrized else nullcontext():
+            return torch.func.functional_call(self._run, tensors, (function, *args))  # type: ignore[no-any-return]
+
+    def write(self, params: Mapping[str, Tensor]) -> None:
+        """Store trained values in the model itself."""
+        with torch.no_grad():
+            for name, value in params.items():
+                self.trained[name].copy_(value)

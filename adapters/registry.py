@@ -1,0 +1,77 @@
+"""Learners by name.  A new method is one file and one line of `_MODULES`."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import TypeVar
+
+from adapters.learner import Learner
+from adapters.method import Method
+from adapters.trainer import Trainer
+from bilevel.checks import did_you_mean
+
+__all__ = ["describe", "get", "names", "register"]
+
+_MODULES = {
+    "network": "adapters.network:Network",
+}
+"""name -> module:class, imported when it is asked for."""
+
+_registered: dict[str, type[Learner]] = {}
+
+Registrable = TypeVar("Registrable", bound="type[Learner] | type[Method]")
+
+
+def names() -> list[str]:
+    """Return the names of all learners."""
+    return sorted({*_MODULES, *_registered})
+
+
+def get(name: str) -> type[Learner]:
+    """Return the learner class of a name.
+
+    Raises:
+        ValueError: no such learner; the message lists the known ones.
+    """
+    if name not in _registered:
+        if name not in _MODULES:
+            raise ValueError(f"unknown learner {name!r}; {did_you_mean(name, names())}")
+        module, attribute = _MODULES[name].split(":")
+        _registered[name] = as_learner(getattr(import_module(module), attribute))
+    return _registered[name]
+
+
+def describe() -> dict[str, str]:
+    """Return one line about each learner."""
+    return {name: (inspect.getdoc(get(name)) or "").splitlines()[0] for name in names()}
+
+
+def register(method: Registrable) -> Registrable:
+    """Decorate a `Method` or `Learner` of your own, so that `get` finds it by its name.
+
+    Raises:
+        TypeError: neither, or without a name, space or docstring.
+        ValueError: the name is taken by another class.
+    """
+    learner = as_learner(method)
+    name = learner.name
+    taken = name in _MODULES or (
+        name in _registered and _source(_registered[name]) != _source(learner)
+    )
+    if taken:
+        raise ValueError(f"there is a learner {name!r} already.")
+    _registered[name] = learner
+    return method
+
+
+def as_learner(kind: type[Learner] | type[Method]) -> type[Learner]:
+    """Return the learner class of a method, or a learner class as it is."""
+    if not isinstance(kind, type) or not issubclass(kind, Learner | Method):
+        raise TypeError(f"expected a Method or Learner class, but got {kind!r}.")
+    return Trainer.of(kind) if issubclass(kind, Method) else kind
+
+
+def _source(learner: type[Learner]) -> str:
+    kind = learner.method_type if issubclass(learner, Trainer) else learner
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,0 +1,195 @@
+"""`Result`: what a tuning run found, and everything needed to go on with it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optree
+from torch import Tensor
+
+from bilevel.checkpoint import copy, load, save
+from bilevel.curves import panels
+from bilevel.metrics import Cost, RunStatus
+from bilevel.plots import write_figure
+from bilevel.run import Record
+from bilevel.schedule import Schedule
+from bilevel.space import Space
+
+if TYPE_CHECKING:
+    from bilevel.budget import Budget
+
+__all__ = ["Best", "Result"]
+
+_FILE = "result.pt"
+
+
+@dataclass(frozen=True)
+class Best:
+    """Where the validation loss was lowest.
+
+    Attributes:
+        outer_step: outer steps done.
+        steps: inner steps done.
+        loss: validation loss.
+    """
+
+    outer_step: int
+    steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """Result of `tune`.
+
+    Attributes:
+        params: the weights: the last, or with early stopping those of the lowest validation loss.
+        hparams: the gradient-owned values that they were trained with, by name.
+        space: the space they come from.
+        schedule: history of every hyperparameter.
+        trace: a record for each outer step: losses, hypergradient norms, counters.
+        status: why the run ended.
+        reason: that in words.
+        cost: work done.
+        best: where the validation loss was lowest; None where it was not evaluated.
+        val: metrics of `params` on the validation split; None where there is none.
+        test: metrics of `params` on the test split.  No decision of the run looked at them.
+        state: the whole run, for `resume`.
+    """
+
+    params: Any
+    hparams: dict[str, Tensor]
+    space: Space
+    schedule: Schedule
+    trace: list[Record]
+    status: RunStatus
+    reason: str
+    cost: Cost
+    best: Best | None
+    val: dict[str, float] | None
+    test: dict[str, float] | None
+    state: dict[str, Any] = field(repr=False)
+    _again: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def plot(self, path: str | os.PathLike[str], title: str | None = None) -> Path:
+        """Draw losses, hypergradient norms and the schedule of every hyperparameter.
+
+        Args:
+            path: a file ending in ``.png`` or ``.html`` (self-contained).
+            title: above the figure.
+
+        Raises:
+            ValueError: another ending.
+            OSError: the file cannot be written.
+        """
+        title = title or f"{len(self.trace)} outer steps, {self.cost.steps} training steps"
+        return write_figure(panels(self.trace, self.schedule, self.space), path, title)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the result into a folder, atomically; also ``schedule.csv`` and ``trace.json``.
+
+        Raises:
+            TypeError: params is a tree with other nodes than dicts, lists and tuples.
+            OSError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        save(
+            folder / _FILE,
+            {
+                "params": optree.tree_map(lambda t: t.detach(), self.params),
+                "trained": [t.requires_grad for t in optree.tree_leaves(self.params)],
+                "hparams": copy(self.hparams),
+                "space": self.space.to_json(),
+                "schedule": self.schedule.state_dict(),
+                "trace": self.trace,
+                "status": self.status.value,
+                "reason": self.reason,
+                "cost": asdict(self.cost),
+                "best": None if self.best is None else asdict(self.best),
+                "val": self.val,
+                "test": self.test,
+                "state": self.state,
+            },
+        )
+        self.schedule.to_csv(folder / "schedule.csv")
+        (folder / "trace.json").write_text(json.dumps(self.trace, indent=1))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Result:
+        """Read what `save` wrote; nothing in the file is executed.
+
+        Raises:
+            FileNotFoundError: the folder holds no result.
+            ValueError: the file is damaged.
+        """
+        data = load(Path(folder) / _FILE)
+        leaves, spec = optree.tree_flatten(data["params"])
+        for leaf, trained in zip(leaves, data["trained"], strict=True):
+            leaf.requires_grad_(trained)
+        return cls(
+            params=optree.tree_unflatten(spec, leaves),
+            hparams=data["hparams"],
+            space=Space.from_json(data["space"]),
+            schedule=Schedule.from_state(data["schedule"]),
+            trace=data["trace"],
+            status=RunStatus(data["status"]),
+            reason=data["reason"],
+            cost=Cost(**data["cost"]),
+            best=None if data["best"] is None else Best(**data["best"]),
+            val=data["val"],
+            test=data["test"],
+            state=data["state"],
+        )
+
+    def resume(self, budget: Budget | int, subject: Any = None, **options: Any) -> Result:
+        """Go on from where the run ended: the same numbers as without the break.
+
+        Args:
+            budget: the new total; what the run had spent counts.
+            subject: as given to `tune`; may be left out in the process that made this result.
+            **options: as given to `tune`, where `subject` is given.
+
+        Raises:
+            ValueError: no subject for a result from a file, or another space or algorithm.
+        """
+        from bilevel.tune import tune
+
+        if subject is None:
+            if not self._again:
+                raise ValueError(
+                    "subject: a result read from a file does not hold the losses; pass the subject "
+                    "and the options that tune() had."
+                )
+            options = {**self._again, **options}
+        else:
+            options = {"subject": subject, **options}
+        return tune(budget=budget, resume=self, **options)
+
+    def __str__(self) -> str:
+        lines = [f"{self.status.value}: {self.reason}" if self.reason else self.status.value]
+        lines.append(
+            f"{len(self.trace)} outer steps, {self.cost.steps} training steps, "
+            f"{self.cost.gradients} gradients, {self.cost.hvps} Hessian-vector products, "
+            f"{self.cost.seconds:.1f} s"
+        )
+        for split, metrics in (("validation", self.val), ("test", self.test)):
+            if metrics is not None:
+                numbers = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items())
+                lines.append(f"{split:<10}  {numbers}")
+        for name, value in self.hparams.items():
+            lines.append(f"{name:<16}  {_short(value)}")
+        return "\n".join(lines)
+
+
+def _short(value: Tensor) -> str:
+    if value.numel() <= 6:
+        numbers = ", ".join(f"{v:.4g}" for v in value.flatten().tolist())
+        return numbers if value.dim() == 0 else f"[{numbers}]"
+    low, middle, high = value.min(), value.median(), value.max()
+    return f"{tuple(value.shape)} from {low:.3g} to {high:.3g}, median {middle:.3g}"
