@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
 
 from adapters.method import Batch, Method
 from adapters.networks import MLP
@@ -30,7 +30,7 @@ __all__ = ["Network"]
 
 
 class Network(Method):
-    """Multilayer perceptron with weight decay per layer and per weight, dropout, smoothing, noise."""
+    """Perceptron with decay per layer and per weight, dropout, label smoothing, augmentation."""
 
     name = "network"
     space = Space(
@@ -102,7 +102,8 @@ class Network(Method):
         log_p = F.log_softmax(model(x, drop), dim=1)
         hit = -log_p.gather(1, batch["y"][:, None]).mean()
         share = hparams["label_smoothing"]
-        return (1 - share) * hit - share * log_p.mean()
+        loss: Tensor = (1 - share) * hit - share * log_p.mean()
+        return loss
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
         """½ Σ_l λ_l ‖W_l‖² + ½ Σ_i μ_i w_i² over the weight matrices; biases are free."""
@@ -118,7 +119,8 @@ class Network(Method):
         if self.setting.task.is_image:
             for axis in (2, 3):
                 x = _shifted(x, hparams["shift"], axis)
-        return x + hparams["noise"] * torch.randn_like(x)
+        noisy: Tensor = x + hparams["noise"] * torch.randn_like(x)
+        return noisy
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -15,10 +15,10 @@ from bilevel.metrics import Cost, RunStatus
 
 __all__ = ["Diverged", "OuterAlgorithm", "OuterStep"]
 
-StateT = TypeVar("StateT", bound=dict[str, Any])
+StateT = TypeVar("StateT")
 
 
-class Diverged(FloatingPointError):
+class Diverged(FloatingPointError):  # noqa: N818  (a finding, as much as an error)
     """A loss or a derivative is not finite.
 
     Attributes:
@@ -68,7 +68,7 @@ class OuterStep:
 
 
 class OuterAlgorithm(ABC, Generic[StateT]):
-    """Moves the gradient-owned hyperparameters of an inner level.  Subclasses are frozen dataclasses.
+    """Moves the gradient-owned hyperparameters of an inner level; a frozen dataclass.
 
     The state is a dict of tensors, numbers, strings, None, lists and dicts; `step` returns a
     new one and leaves the old one valid, so that a run can go back to it.  Weights, data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -27,7 +27,7 @@ class Training:
         grad_norm: ‖∂f/∂w‖₂ at the end, where the loop looked at it.
     """
 
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
     loss: float | None = None
     grad_norm: float | None = None
 
@@ -99,7 +99,8 @@ class Until(InnerLoop):
             raise ValueError(f"Until: grad_norm must be positive, but got {self.grad_norm!r}.")
         for name in ("max_steps", "check_every"):
             if getattr(self, name) < 1:
-                raise ValueError(f"Until: {name} must be at least 1, but got {getattr(self, name)}.")
+                value = getattr(self, name)
+                raise ValueError(f"Until: {name} must be at least 1, but got {value}.")
 
     @property
     def limit(self) -> int:

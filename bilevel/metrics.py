@@ -13,26 +13,23 @@ Role = Literal["value", "constraint", "diagnostic"]
 
 
 class RunStatus(Enum):
-    """State of a learner or of a tuning run; `finished` says that no further step is possible."""
+    """State of a learner or of a tuning run."""
 
-    RUNNING = "running", False
-    CONVERGED = "converged", True
-    MAX_ITER = "max_iter", True
-    DIVERGED = "diverged", True
-    LINESEARCH = "linesearch", True
-    SINGULAR = "singular", True
-    INFEASIBLE = "infeasible", True
-    EARLY_STOPPED = "early_stopped", True
-    PRUNED = "pruned", True
-    INTERRUPTED = "interrupted", False
+    RUNNING = "running"
+    CONVERGED = "converged"
+    MAX_ITER = "max_iter"
+    DIVERGED = "diverged"
+    LINESEARCH = "linesearch"
+    SINGULAR = "singular"
+    INFEASIBLE = "infeasible"
+    EARLY_STOPPED = "early_stopped"
+    PRUNED = "pruned"
+    INTERRUPTED = "interrupted"
 
-    finished: bool
-
-    def __new__(cls, value: str, finished: bool) -> RunStatus:
-        member = object.__new__(cls)
-        member._value_ = value
-        member.finished = finished
-        return member
+    @property
+    def finished(self) -> bool:
+        """Whether no further step is possible."""
+        return self not in (RunStatus.RUNNING, RunStatus.INTERRUPTED)
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ class Metrics(Mapping[str, float]):
     entries: Mapping[str, float]
     roles: Mapping[str, Role] = field(default_factory=dict)
     status: RunStatus = RunStatus.RUNNING
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
 
     def __getitem__(self, name: str) -> float:
         return self.entries[name]

@@ -26,7 +26,7 @@ def rng_state() -> dict[str, Any]:
         },
         "random": {"version": version, "internal": list(internal), "gauss": gauss},
     }
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         state["cuda"] = torch.cuda.get_rng_state_all()
     return state
 

@@ -99,6 +99,7 @@ class Run:
     status: RunStatus = RunStatus.RUNNING
     reason: str = ""
     returns_best: bool = False
+    _moment: Moment = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         state = self.algorithm.init(self.inner)

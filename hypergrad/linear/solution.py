@@ -87,6 +87,6 @@ def finite(value: float, what: str) -> float:
     """Return `value`, or raise FloatingPointError where it is NaN or infinite."""
     if value - value != 0.0:
         raise FloatingPointError(
-            f"{what} is {value}: a product with the operator is not finite, or the solve overflowed."
+            f"{what} is {value}: a product with the operator is not finite, or it overflowed."
         )
     return value

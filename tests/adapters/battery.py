@@ -1,0 +1,225 @@
+"""What every learner must do, whatever its method: one check a function.
+
+`LEARNERS` maps a registry name to the settings that make its checks fast.  A new learner is one
+more line here; `tests/adapters/test_battery.py` runs every check on every line.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import Learner, Task, Trainer, registry, tasks
+from bilevel import RunStatus
+from hypergrad import Unrolled, check_hypergradient
+
+__all__ = ["CHECKS", "LEARNERS", "Subject"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A learner and how to check it.
+
+    Attributes:
+        learner: its class.
+        task: name of a small task, and its options.
+        options: of the task.
+        hparams: values that make it small.
+        smooth: values at which its smooth hyperparameters are compared with central
+            differences; kinks of the loss must not lie within the step of the differences.
+        tolerance: largest relative error of that comparison.
+        diverging: values at which training must diverge; None where it cannot.
+    """
+
+    learner: type[Learner]
+    task: str = "digits"
+    options: Mapping[str, Any] = field(default_factory=lambda: {"noise": 0.2, "n_train": 200})
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    smooth: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float = 1e-5
+    diverging: Mapping[str, Any] | None = None
+
+    def make_task(self, dtype: torch.dtype = torch.float32) -> Task:
+        return tasks.get(self.task, **self.options).to(dtype)
+
+    def set_up(self, seed: int = 0, dtype: torch.dtype = torch.float32, **hparams: Any) -> Learner:
+        learner = self.learner()
+        learner.setup(self.make_task(dtype), {**self.hparams, **hparams}, seed=seed)
+        return learner
+
+
+_SMALL = {"width": 16, "depth": 2}
+
+LEARNERS: dict[str, Subject] = {
+    "network": Subject(
+        registry.get("network"),
+        hparams=_SMALL,
+        smooth={**_SMALL, "activation": "tanh"},
+    ),
+}
+
+
+def numbers(learner: Learner, steps: int) -> list[dict[str, float]]:
+    """Everything a learner says over some steps and one evaluation of each split."""
+    found = [dict(learner.step()) for _ in range(steps)]
+    return [*found, *(dict(learner.evaluate(split)) for split in ("train", "val", "test"))]
+
+
+def plain(tree: Any) -> bool:
+    """Whether a tree holds only tensors, numbers, strings, None, lists, tuples and dicts."""
+    if isinstance(tree, dict):
+        return all(isinstance(k, str | int) and plain(v) for k, v in tree.items())
+    if isinstance(tree, list | tuple):
+        return all(map(plain, tree))
+    return tree is None or isinstance(tree, bool | int | float | str) or type(tree) is Tensor
+
+
+def trains_and_evaluates(subject: Subject) -> None:
+    learner = subject.set_up()
+    before = learner.evaluate("train")["loss"]
+    for _ in range(60):
+        metrics = learner.step()
+        assert math.isfinite(metrics["loss"])
+        assert (metrics.cost.steps, metrics.cost.gradients) >= (1, 1)
+    assert learner.evaluate("train")["loss"] < before
+    assert learner.evaluate("val").status is RunStatus.RUNNING
+
+
+def evaluation_changes_nothing(subject: Subject) -> None:
+    one, two = subject.set_up(), subject.set_up()
+    for _ in range(3):
+        one.step(), two.step()
+        for split in ("val", "test", "train"):
+            assert dict(one.evaluate(split)) == dict(one.evaluate(split))
+    assert numbers(one, 3) == numbers(two, 3)
+
+
+def resume_equals_no_break(subject: Subject) -> None:
+    learner = subject.set_up(seed=3)
+    for _ in range(7):
+        learner.step()
+    state = learner.state_dict()
+    assert plain(state)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    uninterrupted = numbers(learner, 6)
+    buffer.seek(0)
+    again = subject.set_up(seed=3)
+    again.load_state_dict(torch.load(buffer, weights_only=True))
+    assert numbers(again, 6) == uninterrupted
+
+
+def seeds_decide(subject: Subject) -> None:
+    assert numbers(subject.set_up(1), 4) == numbers(subject.set_up(1), 4)
+    assert numbers(subject.set_up(1), 4) != numbers(subject.set_up(2), 4)
+
+
+def leaves_the_global_random_state(subject: Subject) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    numbers(subject.set_up(), 2)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def takes_random_draws(subject: Subject) -> None:
+    generator = torch.Generator().manual_seed(0)
+    space = subject.learner.space
+    for _ in range(3):
+        learner = subject.learner()
+        learner.setup(subject.make_task(), space.sample(generator), seed=0)
+        assert math.isfinite(learner.step()["loss"])
+
+
+def bad_inputs_raise(subject: Subject) -> None:
+    space = subject.learner.space
+    name = next(iter(space))
+    with pytest.raises(ValueError, match="unknown name 'no_such_name'"):
+        subject.set_up(no_such_name=1)
+    with pytest.raises((TypeError, ValueError), match=name):
+        subject.set_up(**{name: "a text"})
+    for name in space.grad:
+        with pytest.raises(ValueError, match=name):
+            subject.set_up(**{name: math.nan})
+        with pytest.raises(ValueError, match=name):
+            subject.set_up(**{name: -1e9})
+    with pytest.raises(ValueError, match="seed"):
+        subject.set_up(seed=-1)
+    with pytest.raises(ValueError, match="split"):
+        subject.set_up().evaluate("no_such_split")
+    with pytest.raises(RuntimeError, match="call setup"):
+        subject.learner().step()
+
+
+def divergence_is_a_status(subject: Subject) -> None:
+    """A loss that is not finite ends the run; the weights before it are kept."""
+    learner = subject.set_up()
+    assert isinstance(learner, Trainer)
+    learner.step()
+    loss = learner.method.loss
+    kept = {name: value.clone() for name, value in learner.params.items()}
+    learner.method.loss = lambda *args: loss(*args) * math.nan  # type: ignore[method-assign]
+    for _ in range(2):
+        metrics = learner.step()
+        assert metrics.status is RunStatus.DIVERGED
+    assert all(torch.equal(kept[name], value) for name, value in learner.params.items())
+    assert math.isfinite(learner.evaluate("val")["loss"])
+
+
+def steps_are_those_of_unrolled(subject: Subject) -> None:
+    """Trainer steps and the forward pass of an unrolled hypergradient: the same bits."""
+    plainly, unrolled = subject.set_up(), subject.set_up()
+    assert isinstance(plainly, Trainer)
+    assert isinstance(unrolled, Trainer)
+    for _ in range(4):
+        plainly.step()
+    estimator = Unrolled(unrolled.optimizer, steps=4)
+    hparams = {k: v.requires_grad_() for k, v in unrolled.hparams.items()}
+    batches = unrolled.inner_batches(4)
+    args = (unrolled.problem, unrolled.params, hparams)
+    found, state = estimator(
+        *args, batches.__getitem__, unrolled.outer_batch(), estimator.init(*args)
+    )
+    unrolled.adopt(found.params, state["optimizer"], steps=4)
+    assert all(torch.equal(plainly.params[k], v) for k, v in unrolled.params.items())
+    assert numbers(plainly, 3) == numbers(unrolled, 3)
+
+
+def smooth_hyperparameters_match_differences(subject: Subject) -> None:
+    learner = subject.set_up(dtype=torch.float64, **subject.smooth)
+    assert isinstance(learner, Trainer)
+    for _ in range(2):
+        learner.step()
+    batches = learner.inner_batches(4)
+    report = check_hypergradient(
+        Unrolled(learner.optimizer, steps=4),
+        learner.problem,
+        learner.params,
+        {k: v.requires_grad_() for k, v in learner.hparams.items()},
+        batches.__getitem__,
+        learner.outer_batch(),
+        tol=subject.tolerance,
+    )
+    assert {row.name for row in report.rows} >= {f"hparams[{n!r}]" for n in learner.space.grad}
+    assert report.passed, str(report)
+
+
+CHECKS = [
+    trains_and_evaluates,
+    evaluation_changes_nothing,
+    resume_equals_no_break,
+    seeds_decide,
+    leaves_the_global_random_state,
+    takes_random_draws,
+    bad_inputs_raise,
+    divergence_is_a_status,
+    steps_are_those_of_unrolled,
+    smooth_hyperparameters_match_differences,
+]
