@@ -50,7 +50,6 @@ def rebuild(labels: Mapping[str, Domain]) -> Space:
             whole[name] = domain
         else:
             elements.setdefault(name, {})[index] = domain
-            conditions[name] = condition
     names = list(conditions)
     for name, parts in elements.items():
         whole[name] = _tensor(name, parts)

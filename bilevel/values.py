@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from bilevel.conditions import same
 from bilevel.declaration import Declaration
 from bilevel.domains import Grad
 from bilevel.owners import as_grad, shared_default
@@ -50,11 +51,12 @@ def checked(
         if low is None and high is None:
             return tensor
         # Rounding to a smaller dtype may have put it on a bound.
-        inside = tensor.detach().clamp(low, high)
-        return tensor if torch.equal(inside, tensor.detach()) else inside
+        exact = tensor.detach()
+        inside = exact.clamp(low, high)
+        return tensor if torch.equal(inside, exact) else tensor + (inside - exact)
     if not isinstance(domain, Grad):
         result = domain.check(name, value)
-        if owner == "fixed" and result != constant:
+        if owner == "fixed" and not same(result, constant):
             raise ValueError(_fixed(name, constant, value))
         return result
     tensor = domain.check(name, value)

@@ -106,6 +106,7 @@ def check_range(kind: str, low: float, high: float, log: bool) -> None:
 
 
 def discrete_refusal(domain: Domain, owner: str) -> str | None:
+    """`Domain.refusal` of domains that only a sampler can own."""
     if owner == "grad":
         return f"{domain.kind} has no derivative; only Grad and Float can follow a hypergradient"
     if owner == "shared":

@@ -209,6 +209,10 @@ def test_rounding_to_float32_does_not_reach_a_bound() -> None:
     value = space.defaults(dtype=torch.float32)["p"]
     assert float(value) < float(np.float32(0.1))
     assert math.isfinite(float(space.coordinates({"p": value})["p"]))
+    exact = torch.tensor(0.1 - 1e-12, dtype=torch.float64, requires_grad=True)
+    rounded = space.validate({"p": exact}, dtype=torch.float32)["p"]
+    assert rounded.item() < float(np.float32(0.1))
+    assert torch.autograd.grad(rounded, exact)[0].item() == 1.0
 
 
 def test_limits_are_the_neighbors_of_the_bounds() -> None:

@@ -200,6 +200,7 @@ def test_a_number_stands_for_all_elements_in_memory_of_its_own() -> None:
         ),
         ({"momentum": 0.5}, ValueError, "active only when norm=True, arch='mlp' or 'cnn', but"),
         ({"epochs": 21}, ValueError, "epochs is fixed at 20, but got 21"),
+        ({"epochs": 20.0}, ValueError, "epochs is fixed at 20, but got 20.0"),
     ],
 )
 def test_bad_values(values: dict[str, Any], error: type[Exception], message: str) -> None:
