@@ -58,7 +58,7 @@ class Network(Method):
         ),
         width=Int(16, 256, log=True, default=64, doc="units of a hidden layer"),
         depth=Int(1, 3, default=2, doc="hidden layers"),
-        activation=Choice("relu", "tanh", "gelu", default="relu", doc="hidden activation"),
+        activation=Choice("relu", "tanh", "silu", default="relu", doc="hidden activation"),
         optimizer=Choice("sgd", "adam", default="sgd", doc="SGD with momentum, or Adam"),
     )
 
