@@ -5,6 +5,7 @@ from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.f2sa import F2SA
 from hypergrad.finite import FiniteDifference
 from hypergrad.forward import Forward
+from hypergrad.higher_unrolled import HigherUnrolled
 from hypergrad.implicit import Implicit
 from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
 from hypergrad.operators import GGN, Curvature, Hessian
@@ -37,6 +38,7 @@ __all__ = [
     "FiniteDifference",
     "Forward",
     "Hessian",
+    "HigherUnrolled",
     "Hyper",
     "Hypergradient",
     "HypergradientReport",

@@ -144,10 +144,8 @@ class _Pushforward:
                 pieces = [*unflatten(tangent.flat.to(flat.dtype), at.tensors)]
             (grad_dot,) = gradient([*pieces, *tangent.hyper])
             entries = [tangent.state.get(key) for key in before]
-            tangent.flat, *entries = move(
-                [tangent.flat, widen(grad_dot), *entries, *tangent.values]
-            )
-            tangent.state = dict(zip(after, entries, strict=True))
+            moved = move([tangent.flat, widen(grad_dot), *entries, *tangent.values])
+            tangent.flat, tangent.state = moved[0], dict(zip(after, moved[1:], strict=True))
         return loop.move(t, flat, grad.detach(), state)
 
     def _move(self, flat: Tensor, grad: Tensor, state: State) -> tuple[_Linear, list[str]]:

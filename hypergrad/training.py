@@ -92,10 +92,7 @@ class Loop:
     def start(self, optimizer_state: State | None) -> tuple[Tensor, State]:
         """Return the flat vector and the optimizer state before the first step."""
         flat = flatten_params(self.leaves)
-        if optimizer_state is None:
-            return flat, self.optimizer.init(flat)
-        self.optimizer.check_state(optimizer_state, flat)
-        return flat, optimizer_state
+        return flat, self.optimizer.start(optimizer_state, flat)
 
     def at(self, flat: Tensor) -> Leaves:
         """Return fresh autograd leaves at a flat vector."""
@@ -123,16 +120,20 @@ class Loop:
         """Apply the optimizer to a gradient, and check the outcome."""
         with torch.no_grad():
             after, state = self.optimizer.update(flat, grad, state, self.values)
-        if not is_finite(after):
-            for vector, what in ((grad, "the gradient of inner_loss"), (after, "the update")):
-                pieces = unflatten(vector, self.leaves.tensors)
-                check_finite(pieces, self.leaves.names, f"{what} at step {t}")
+        check_move(t, grad, after, self.leaves)
         return after, state
 
     def params(self, flat: Tensor) -> Tree:
         """Return the params tree at a flat vector, detached, with the caller's marks."""
         copies = [v.clone() for v in unflatten(flat.detach(), self.leaves.tensors)]
         return self.leaves.rebuild([c.requires_grad_() for c in copies])
+
+
+def check_move(t: int, grad: Tensor, after: Tensor, leaves: Leaves) -> None:
+    """Raise FloatingPointError unless the params after step t are finite; names the tensor."""
+    if not is_finite(after):
+        for vector, what in ((grad, "the gradient of inner_loss"), (after, "the update")):
+            check_finite(unflatten(vector, leaves.tensors), leaves.names, f"{what} at step {t}")
 
 
 def is_finite(vector: Tensor) -> bool:

@@ -130,6 +130,13 @@ class Optimizer(ABC):
         state_found = dict(zip(start, rest, strict=False))
         return found[0], found[1], state_found, dict(zip(given, rest, strict=True))
 
+    def start(self, state: State | None, flat: Tensor) -> State:
+        """Return a given state, checked, or for None the one before the first step."""
+        if state is None:
+            return self.init(flat)
+        self.check_state(state, flat)
+        return state
+
     def check_state(self, state: State, flat: Tensor) -> None:
         """Check that a state belongs to this optimizer and to a vector like `flat`.
 
