@@ -25,7 +25,8 @@ _FLAGS = {SGD: ("nesterov", "maximize"), Adam: ("amsgrad", "maximize")}
 def from_torch(optimizer: torch.optim.Optimizer, params: Tree) -> Optimizer:
     """Return the update rule of a `torch.optim` optimizer, with its parameter groups.
 
-    Numbers that differ between groups become trees like `params`.  The optimizer's state is not
+    Numbers that differ between groups become trees like `params`, with the same results bit for
+    bit (betas that differ: to rounding, because a power is taken per element).  The optimizer's state is not
     taken over; its switches `foreach`, `fused`, `capturable` and `differentiable` choose an
     implementation, not a rule, and are ignored.
 
