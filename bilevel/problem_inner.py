@@ -27,7 +27,7 @@ class ProblemInner:
 
     Hyperparameters are declared by a `space`, or given as a plain tree of tensors, which then
     move without bounds.  The losses see the tree that was given; elsewhere a nested tree is a
-    flat dict with dotted names: ``{"l2": {"w": ...}}`` is ``"l2.w"``.
+    flat dict with joined names: ``{"l2": {"w": ...}}`` is ``"l2__w"``.
 
     A batch that is callable is a stream, called with 0, 1, 2, ...  If what it returns depends on
     that number and the global random state alone, then a resumed run sees the same batches.
@@ -240,7 +240,7 @@ def _initial(space: Space, given: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 def _unbounded(problem: Problem, tree: Tree) -> tuple[Space, dict[str, Tensor], Problem]:
     """Return space, values and problem of a plain tree of hyperparameters, as a flat dict."""
     flat, spec = optree.tree_flatten(tree)
-    names = [".".join(map(str, path)) or "hparams" for path in optree.tree_paths(tree)]
+    names = ["__".join(map(str, path)) or "hparams" for path in optree.tree_paths(tree)]
     values = dict(zip(names, flat, strict=True))
     hyper_leaves({k: v.detach().requires_grad_() if _floats(v) else v for k, v in values.items()})
     space = Space({name: Grad(0.0, shape=tuple(value.shape)) for name, value in values.items()})

@@ -1,0 +1,10 @@
+from .agreement import MismatchError as MismatchError
+from .coordinator import TooManyFailuresError as TooManyFailuresError
+from .events import Finished as Finished
+from .events import Rung as Rung
+from .events import Started as Started
+from .record import Failure as Failure
+from .record import TrialRecord as TrialRecord
+from .storage import LockedError as LockedError
+from .storage import StorageError as StorageError
+from .study import Study as Study

@@ -1,0 +1,84 @@
+"""The files of a study, beside its database: lock, checkpoints, artifacts."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from optuna.artifacts import (
+    FileSystemArtifactStore,
+    download_artifact,
+    get_all_artifact_meta,
+    upload_artifact,
+)
+from optuna.storages import BaseStorage
+from optuna.trial import FrozenTrial
+
+__all__ = ["Files"]
+
+
+class Files:
+    """Paths below one folder that all studies of a storage share.
+
+        FOLDER/artifacts/              of every trial, as optuna-dashboard expects them
+        FOLDER/STUDY/lock              held by the process that runs the study
+        FOLDER/STUDY/trials/NUMBER.pt  checkpoint of a running trial; final state of the best
+
+    Args:
+        folder: of the storage.
+        study: name of the study.
+    """
+
+    def __init__(self, folder: Path, study: str) -> None:
+        self.artifacts = folder / "artifacts"
+        self.study = folder / quote(study, safe=" ")
+        self._trials = self.study / "trials"
+
+    def make(self) -> None:
+        """Create the folders."""
+        self.artifacts.mkdir(parents=True, exist_ok=True)
+        self._trials.mkdir(parents=True, exist_ok=True)
+
+    def checkpoint(self, number: int) -> Path:
+        """Return where a trial's checkpoint is kept."""
+        return self._trials / f"{number}.pt"
+
+    def keep_only(self, number: int | None) -> None:
+        """Remove the checkpoints of all trials but one; to be called when no trial runs."""
+        for path in self._trials.iterdir():
+            if number is None or path != self.checkpoint(number):
+                path.unlink()
+
+    def upload(self, trial: FrozenTrial, storage: BaseStorage, files: Mapping[str, str]) -> None:
+        """Store texts as artifacts of a trial, by file name."""
+        store = FileSystemArtifactStore(self.artifacts)
+        folder = tempfile.mkdtemp(dir=self.study)
+        try:
+            for name, text in files.items():
+                path = Path(folder, name)
+                path.write_text(text, encoding="utf-8")
+                upload_artifact(
+                    artifact_store=store,
+                    file_path=str(path),
+                    study_or_trial=trial,
+                    storage=storage,
+                )
+        finally:
+            shutil.rmtree(folder)
+
+    def download(self, trial: FrozenTrial, storage: BaseStorage, name: str) -> str | None:
+        """Return the text of the latest artifact of a name; None where there is none."""
+        store = FileSystemArtifactStore(self.artifacts)
+        found = None
+        for meta in get_all_artifact_meta(trial, storage=storage):
+            if meta.filename == name:
+                found = meta.artifact_id
+        if found is None:
+            return None
+        with tempfile.TemporaryDirectory(dir=self.study) as folder:
+            path = Path(folder, name)
+            download_artifact(artifact_store=store, artifact_id=found, file_path=str(path))
+            return path.read_text(encoding="utf-8")

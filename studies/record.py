@@ -1,0 +1,127 @@
+"""What is stored of a trial: plain attributes on Optuna's own record, and the view that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from bilevel.metrics import Cost
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+
+__all__ = ["Failure", "TrialRecord", "as_numbers"]
+
+State = Literal["waiting", "running", "complete", "pruned", "failed"]
+
+_STATES: dict[TrialState, State] = {
+    TrialState.WAITING: "waiting",
+    TrialState.RUNNING: "running",
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+}
+
+MAX_LISTED = 16
+"""Tensors up to this size are stored element by element, larger ones as quantiles."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a trial failed.
+
+    Attributes:
+        kind: "not finite", "diverged", "exception" or "died".
+        message: in words, with the step where that is known.
+    """
+
+    kind: Literal["not finite", "diverged", "exception", "died"]
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.message}"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial.
+
+    Attributes:
+        number: from 0.
+        state: "complete", "pruned", "failed", "running" (also: interrupted) or "waiting".
+        value: what the study optimizes, at the end of the trial; None until then.
+        params: what the sampler chose, by Optuna's names.
+        hparams: all values at the end, gradient-owned ones included; numbers, options, lists, and
+            {"shape", "min", "median", "max"} for large tensors.
+        metrics: "val/loss", "test/loss", "test/accuracy", "g/norm_first", ...
+        cost: work done.
+        seed: of the learner.
+        status: of the run when it ended, in words.
+        failure: why it failed, where it did.
+        rungs: intermediate values by rung.
+    """
+
+    number: int
+    state: State
+    value: float | None = None
+    params: Mapping[str, Any] = field(default_factory=dict)
+    hparams: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    cost: Cost = Cost()
+    seed: int | None = None
+    status: str = ""
+    failure: Failure | None = None
+    rungs: Mapping[int, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, trial: FrozenTrial) -> TrialRecord:
+        """Read a trial of Optuna; one that another program made has params and value only."""
+        attrs = trial.user_attrs
+        failure = attrs.get("failure")
+        cost = attrs.get("cost")
+        return cls(
+            number=trial.number,
+            state=_STATES[trial.state],
+            value=trial.value if trial.values else None,
+            params=trial.params,
+            hparams=attrs.get("hparams", {}),
+            metrics={k: v for k, v in attrs.items() if "/" in k and isinstance(v, int | float)},
+            cost=Cost(**cost) if cost else Cost(),
+            seed=attrs.get("seed"),
+            status=attrs.get("status", ""),
+            failure=Failure(**failure) if failure else None,
+            rungs=dict(trial.intermediate_values),
+        )
+
+    def attributes(self) -> dict[str, Any]:
+        """Return the user attributes that `of` reads back."""
+        attributes: dict[str, Any] = {
+            "hparams": dict(self.hparams),
+            "cost": asdict(self.cost),
+            "status": self.status,
+            "cost/equivalent_steps": self.cost.equivalent_steps,
+            **self.metrics,
+        }
+        if self.failure is not None:
+            attributes["failure"] = asdict(self.failure)
+        return attributes
+
+
+def as_numbers(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Return hyperparameters as what JSON can hold, large tensors as quantiles."""
+    return {name: _as_number(value) for name, value in hparams.items()}
+
+
+def _as_number(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    flat = value.detach().to("cpu", torch.float64).flatten()
+    if flat.numel() <= MAX_LISTED:
+        return value.detach().to("cpu", torch.float64).tolist()
+    return {
+        "shape": list(value.shape),
+        "min": float(flat.min()),
+        "median": float(flat.median()),
+        "max": float(flat.max()),
+    }
