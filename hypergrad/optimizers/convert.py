@@ -26,9 +26,9 @@ def from_torch(optimizer: torch.optim.Optimizer, params: Tree) -> Optimizer:
     """Return the update rule of a `torch.optim` optimizer, with its parameter groups.
 
     Numbers that differ between groups become trees like `params`, with the same results bit for
-    bit (betas that differ: to rounding, because a power is taken per element).  The optimizer's state is not
-    taken over; its switches `foreach`, `fused`, `capturable` and `differentiable` choose an
-    implementation, not a rule, and are ignored.
+    bit (betas that differ: to rounding, because a power is taken per element).  The optimizer's
+    state is not taken over; its switches `foreach`, `fused`, `capturable` and `differentiable`
+    choose an implementation, not a rule, and are ignored.
 
     Args:
         optimizer: a `torch.optim.SGD`, `Adam` or `AdamW` instance (no subclass).
