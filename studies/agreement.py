@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import optuna
+
+from adapters.tasks import Task
 from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.describe import describe, differences
 from bilevel.space import Space
-
-from adapters.tasks import Task
 from studies.versions import versions
 
 __all__ = ["MismatchError", "agree", "agree_on_run", "settings"]

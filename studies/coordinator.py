@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import optuna
-from bilevel.space import Space
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from bilevel.space import Space
 from studies.events import Event, Finished, Rung, Started
 from studies.executor import Executor, Job
 from studies.files import Files

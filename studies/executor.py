@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from adapters.learner import Learner
+from adapters.tasks import Task
 from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.callbacks import Callback
@@ -20,9 +22,6 @@ from bilevel.result import Result
 from bilevel.run import Run
 from bilevel.space import Space
 from bilevel.tune import tune
-
-from adapters.learner import Learner
-from adapters.tasks import Task
 from studies.interrupt import Interrupt, deferred_interrupt
 from studies.record import Failure, TrialRecord, as_numbers
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
-from bilevel.metrics import Cost
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
+
+from bilevel.metrics import Cost
 
 __all__ = ["Failure", "TrialRecord", "as_numbers"]
 

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import optuna
-from bilevel.algorithm import OuterAlgorithm
-from bilevel.budget import Budget
-from bilevel.checks import integer
-from bilevel.schedule import Schedule
-from bilevel.space import Space
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 
 from adapters import registry, tasks
 from adapters.learner import Learner
 from adapters.tasks import Task
+from bilevel.algorithm import OuterAlgorithm
+from bilevel.budget import Budget
+from bilevel.checks import integer
+from bilevel.schedule import Schedule
+from bilevel.space import Space
 from studies.agreement import agree, agree_on_run, settings
 from studies.coordinator import Coordinator, best_trial
 from studies.events import Event
@@ -153,14 +153,22 @@ class Study:
 
         None for a trial in which the gradient owned nothing, or that did not finish.
         """
+        text = self.artifact(SCHEDULE, number)
+        return None if text is None else Schedule.from_json(text)
+
+    def artifact(self, name: str, number: int | None = None) -> str | None:
+        """Return the text of an artifact of a trial, by default of the best; None without one.
+
+        Raises:
+            ValueError: there is no such trial.
+        """
         number = self.best.number if number is None else number
         trials = self._study.get_trials(deepcopy=False)
         if not 0 <= number < len(trials):
             raise ValueError(
                 f"study {self.name!r} has {len(trials)} trials, but not trial {number}."
             )
-        text = self._files.download(trials[number], self._database, SCHEDULE)
-        return None if text is None else Schedule.from_json(text)
+        return self._files.download(trials[number], self._database, name)
 
     def table(self) -> Table:
         """Return the trials as a table for a terminal (`rich.print`)."""
@@ -182,6 +190,14 @@ class Study:
         return study_report(self, Path(folder))
 
     # Running.
+
+    def enqueue(self, values: Mapping[str, Any]) -> None:
+        """Have the next trial use these sampler-owned values, the others at their default.
+
+        Raises:
+            ValueError: an unknown name, or a value outside its domain.
+        """
+        self._study.enqueue_trial(self.space.to_params(values))
 
     def run(
         self,

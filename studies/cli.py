@@ -1,0 +1,182 @@
+"""The `bilevel` command: results on standard output, progress on standard error.
+
+Exit codes: 0 done; 1 no trial complete, or `doctor` found an error; 2 bad input; 3 another process
+runs the study; 4 the stored study has other settings; 130 interrupted, resumable.
+"""
+
+from __future__ import annotations
+
+import json as _json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="bilevel",
+    help="Tune hyperparameters while a model trains, and across trials.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def main() -> None:
+    """Run the command line; the exit code says how it ended."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        _stop("interrupted; run the same command with --resume to go on.", 130)
+    except Exception as error:
+        code = _exit_code(error)
+        if code is None:
+            raise
+        _stop(str(error), code)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """Return the exit code of an error that is the user's to mend; None for a bug of ours."""
+    from click import ClickException, UsageError
+
+    from studies.agreement import MismatchError
+    from studies.coordinator import TooManyFailuresError
+    from studies.storage import LockedError
+
+    if isinstance(error, UsageError):
+        error.message = error.format_message()
+    codes: list[tuple[type[Exception], int]] = [
+        (LockedError, 3),
+        (MismatchError, 4),
+        (TooManyFailuresError, 1),
+        (NoResultError, 1),
+        (ClickException, 2),
+        (ValueError, 2),
+        (OSError, 2),
+    ]
+    return next((code for kind, code in codes if isinstance(error, kind)), None)
+
+
+class NoResultError(RuntimeError):
+    """No trial is complete."""
+
+
+def _stop(message: str, code: int) -> None:
+    print(f"bilevel: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from studies.versions import versions
+
+        print(f"bilevel {versions()['bilevel']}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Tune hyperparameters while a model trains, and across trials."""
+
+
+@app.command()
+def tune(
+    task: Annotated[str, typer.Argument(help="Name of a task; see `bilevel list`.")],
+    learner: Annotated[str, typer.Option(help="Name of a learner.")] = "network",
+    noise: Annotated[float, typer.Option(help="Share of wrong training labels.")] = 0.3,
+    seed: Annotated[int, typer.Option(help="First seed.", min=0)] = 0,
+    seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 3,
+    trials: Annotated[int, typer.Option(help="Trials of each search.", min=2)] = 6,
+    budget: Annotated[
+        int, typer.Option(help="Equivalent training steps of each way and seed.", min=1)
+    ] = 3000,
+    out: Annotated[Path, typer.Option(help="Folder for report and figures.")] = Path("bilevel-out"),
+    storage: Annotated[
+        Optional[str],  # noqa: UP045  (typer reads the annotation at run time)
+        typer.Option(help="Database URL or SQLite file; default OUT/TASK.db."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with what is stored.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    json: Json = False,
+) -> None:
+    """Compare defaults, random search, TPE, gradient tuning and both together, at equal cost."""
+    from studies.job import run_comparison
+
+    run_comparison(
+        task,
+        learner,
+        options={"noise": noise},
+        seeds=range(seed, seed + seeds),
+        trials=trials,
+        budget=budget,
+        out=out,
+        storage=storage,
+        resume=resume,
+        quiet=quiet,
+        as_json=json,
+    )
+
+
+@app.command("list")
+def list_(json: Json = False) -> None:
+    """List tasks, learners, algorithms and estimators."""
+    from studies.listing import listing
+    from studies.tables import names_table
+
+    found = listing()
+    _print(_json.dumps(found, indent=1) if json else None)
+    for title, rows in ({} if json else found).items():
+        _print(names_table(title, rows))
+
+
+@app.command()
+def show(
+    storage: Annotated[str, typer.Argument(help="Database URL or path to a SQLite file.")],
+    json: Json = False,
+) -> None:
+    """Show the studies of a storage and their best trials."""
+    from studies.listing import show_table, stored_studies
+
+    studies = stored_studies(storage)
+    _print(_json.dumps(studies, indent=1) if json else show_table(studies))
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check versions, devices, threads, and packages that take our import names."""
+    from dataclasses import asdict
+
+    from studies.doctor import examine
+    from studies.tables import findings_table
+
+    findings = examine()
+    if json:
+        _print(_json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        _print(findings_table(findings))
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _print(result: Any) -> None:
+    """Print a result on standard output: text as it is, tables wide enough for a pipe."""
+    if result is None:
+        return
+    if isinstance(result, str):
+        print(result)
+        return
+    from rich.console import Console
+
+    console = Console()
+    Console(width=console.width if console.is_terminal else 160).print(result)

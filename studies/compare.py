@@ -1,0 +1,241 @@
+"""`bilevel tune TASK`: ways to choose hyperparameters, at equal cost, over several seeds.
+
+Every way gets the same number of equivalent training steps per seed, sees the same splits, and
+chooses by validation loss alone; the test split is only reported.  All of it is stored as
+studies, one for each way and seed, so that an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adapters import tasks
+from adapters.learner import Learner
+from bilevel.algorithm import OuterAlgorithm
+from bilevel.budget import Budget
+from bilevel.descent import Descent
+from bilevel.space import Space
+from hypergrad import Unrolled
+from studies.events import Event
+from studies.record import TrialRecord
+from studies.study import Study
+
+__all__ = ["Comparison", "Row", "Way", "compare", "tuned_names", "ways"]
+
+METRICS = ("val/loss", "val/accuracy", "test/loss", "test/accuracy")
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to choose hyperparameters: one row of the table.
+
+    Attributes:
+        name: short, part of the study's name.
+        title: in the table.
+        space: who owns what.
+        trials: of each study.
+        budget: of each trial.
+        algorithm: moves the gradient-owned values.
+        sampler: chooses the sampler-owned ones.
+        from_default: whether the first trial is at the defaults.
+    """
+
+    name: str
+    title: str
+    space: Space
+    trials: int
+    budget: Budget
+    algorithm: OuterAlgorithm[Any] | None = None
+    sampler: str = "random"
+    from_default: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a way reached: its best trial by validation loss, for each seed.
+
+    Attributes:
+        way: the way.
+        best: best trial of each seed.
+        costs: equivalent steps spent, for each seed.
+        seconds: wall time of all trials, for each seed.
+    """
+
+    way: Way
+    best: tuple[TrialRecord, ...]
+    costs: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def mean(self, metric: str) -> float:
+        """Mean of a metric over seeds."""
+        return statistics.fmean(record.metrics[metric] for record in self.best)
+
+    def std(self, metric: str) -> float:
+        """Sample standard deviation over seeds; 0 for one seed."""
+        values = [record.metrics[metric] for record in self.best]
+        return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result of `compare`.
+
+    Attributes:
+        task: name of the task.
+        options: of the task, but for the seed.
+        learner: name of the learner.
+        seeds: of task, weights and samplers.
+        budget: equivalent training steps of each way and seed.
+        rows: the ways.
+        studies: study of each way (by name) at the first seed.
+    """
+
+    task: str
+    options: dict[str, Any]
+    learner: str
+    seeds: tuple[int, ...]
+    budget: int
+    rows: tuple[Row, ...]
+    studies: dict[str, Study]
+
+    def as_json(self) -> dict[str, Any]:
+        """The table as plain data."""
+        return {
+            "task": self.task,
+            "options": self.options,
+            "learner": self.learner,
+            "seeds": list(self.seeds),
+            "budget_equivalent_steps": self.budget,
+            "rows": [
+                {
+                    "name": row.way.name,
+                    "trials": row.way.trials,
+                    "equivalent_steps": list(row.costs),
+                    "seconds": list(row.seconds),
+                    **{
+                        metric: [record.metrics[metric] for record in row.best]
+                        for metric in METRICS
+                    },
+                    "hparams": row.best[0].hparams,
+                }
+                for row in self.rows
+            ],
+        }
+
+
+def tuned_names(space: Space) -> list[str]:
+    """Smooth hyperparameters of a space: those that the gradient owns by default."""
+    return list(space.grad)
+
+
+def ways(space: Space, budget: int, trials: int) -> list[Way]:
+    """Return the rows of the comparison.
+
+    Args:
+        space: of the learner, with its own owners.
+        budget: equivalent training steps of each way.
+        trials: of a search; each has an equal share of the budget.
+
+    Raises:
+        ValueError: a budget too small for the trials.
+    """
+    share = budget // trials
+    hybrid_trials = max(2, trials // 2)
+    if share < 50 or budget // hybrid_trials < 200:
+        raise ValueError(
+            f"budget: {budget} equivalent steps are too few for {trials} trials; "
+            f"give at least {max(50 * trials, 200 * hybrid_trials)}."
+        )
+    smooth = tuned_names(space)
+    discrete = [name for name in space if name not in smooth and space.owner(name) != "fixed"]
+    fixed = space.own(**dict.fromkeys([*smooth, *discrete], "fixed"))
+    sampled = space.own(**dict.fromkeys(smooth, "sampler"))
+    by_gradient = space.own(**dict.fromkeys(discrete, "fixed"))
+    descent = Descent(Unrolled(steps=10), lr=0.1)
+    each = Budget(equivalent_steps=share)
+    whole = Budget(equivalent_steps=budget)
+    half = Budget(equivalent_steps=budget // hybrid_trials)
+    return [
+        Way("default", "defaults, one run", fixed, 1, each),
+        Way("default-long", "defaults, whole budget", fixed, 1, whole),
+        Way("random", "random search", sampled, trials, each, from_default=True),
+        Way("tpe", "TPE (Optuna)", sampled, trials, each, sampler="tpe", from_default=True),
+        Way("gradient", "gradient-tuned", by_gradient, 1, whole, descent),
+        Way(
+            "hybrid", "hybrid: TPE + gradient", space, hybrid_trials, half, descent, "tpe", True
+        ),
+    ]  # fmt: skip
+
+
+def compare(
+    task: str,
+    learner: type[Learner],
+    storage: str | Path,
+    *,
+    seeds: Sequence[int],
+    budget: int,
+    trials: int,
+    options: dict[str, Any],
+    on_event: Callable[[str, int, Event], None] = lambda name, seed, event: None,
+) -> Comparison:
+    """Run every way at every seed; studies that are finished already are read only.
+
+    Args:
+        task: registry name.
+        learner: its class; needs smooth hyperparameters.
+        storage: database URL or path.
+        seeds: each decides a split, wrong labels, weights and samplers.
+        budget: equivalent training steps of each way and seed.
+        trials: of each search.
+        options: of the task.
+        on_event: called with the way's name, the seed, and what happened.
+
+    Raises:
+        ValueError: a learner without smooth hyperparameters; see `ways` and `Study`.
+        RuntimeError: no trial of a way was complete.
+    """
+    if not tuned_names(learner.space):
+        raise ValueError(f"learner: {learner.name} has no smooth hyperparameter to tune.")
+    plan = ways(learner.space, budget, trials)
+    done: dict[str, list[Study]] = {way.name: [] for way in plan}
+    for seed in seeds:
+        data = tasks.get(task, seed=seed, **options)
+        for way in plan:
+            study = Study(
+                f"{task} / {learner.name} / {way.name} / seed {seed}",
+                learner,
+                data,
+                storage,
+                space=way.space,
+                algorithm=way.algorithm,
+                sampler=way.sampler,
+                seed=seed,
+            )
+            if way.from_default and not study.trials:
+                study.enqueue({})
+            study.run(
+                way.trials,
+                way.budget,
+                on_event=lambda event, way=way, seed=seed: on_event(way.name, seed, event),  # type: ignore[misc]
+            )
+            done[way.name].append(study)
+    rows = tuple(_row(way, done[way.name]) for way in plan)
+    first = {name: studies[0] for name, studies in done.items()}
+    return Comparison(task, options, learner.name, tuple(seeds), budget, rows, first)
+
+
+def _row(way: Way, studies: Sequence[Study]) -> Row:
+    for study in studies:
+        if not any(record.state == "complete" for record in study.trials):
+            reasons = {str(record.failure) for record in study.trials if record.failure}
+            raise RuntimeError(f"no trial of {study.name!r} is complete: {'; '.join(reasons)}")
+    return Row(
+        way,
+        tuple(study.best for study in studies),
+        tuple(sum(r.cost.equivalent_steps for r in study.trials) for study in studies),
+        tuple(sum(r.cost.seconds for r in study.trials) for study in studies),
+    )

@@ -1,0 +1,217 @@
+"""Reports: one self-contained HTML page and a PNG, of a study or of a comparison."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bilevel.curves import Panel, panels
+from bilevel.plots import COLORS, html_figure, write_figure
+from studies.compare import METRICS, Comparison
+from studies.executor import TRACE
+from studies.storage import check_folder
+from studies.tables import number, value_text
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+    from studies.study import Study
+
+__all__ = ["comparison_report", "run_panels", "study_report"]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1240px; padding: 0 1rem;
+       color: #1c1f26; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e3e6ec; }
+th:first-child, td:first-child, td.text { text-align: left; }
+td.text { font-size: .85rem; max-width: 46rem; overflow-wrap: anywhere; }
+tr.best td { font-weight: 600; background: #f2f7fd; } p.note { color: #555b66; }
+"""
+
+
+def study_report(study: Study, folder: Path) -> Path:
+    """Write ``report.html`` and, where the gradient owned something, ``report.png``.
+
+    Raises:
+        ValueError: no trial is complete.
+        StorageError: the folder cannot be written to.
+    """
+    check_folder(folder, "the report's folder")
+    best = study.best
+    rows = [
+        [
+            str(record.number),
+            record.state,
+            number(record.metrics.get("val/loss")),
+            number(record.metrics.get("test/loss")),
+            str(record.cost.equivalent_steps),
+            str(record.failure) if record.failure else _values(record.hparams),
+        ]
+        for record in study.trials
+    ]
+    headings = ["trial", "state", "val loss", "test loss", "cost", "hyperparameters at the end"]
+    marked = [record.number == best.number for record in study.trials]
+    parts = [
+        _note(
+            f"{len(rows)} trials of {study.learner.name} on {study.task.name}, seed {study.seed}. "
+            "Cost is in equivalent training steps: gradients + 2 · Hessian-vector products. "
+            "Trials are chosen by validation loss; the test split is only reported."
+        ),
+        _table(headings, rows, marked),
+    ]
+    drawn = run_panels(study)
+    if drawn:
+        title = f"trial {best.number}: losses, hypergradients and schedules"
+        parts += [f"<h2>{title}</h2>", _plot(html_figure(drawn, ""), first=True)]
+        write_figure(drawn, folder / "report.png", f"{study.name}, {title}")
+    return _write(folder / "report.html", study.name, parts)
+
+
+def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]]:
+    """Write the page and the figures of a comparison.
+
+    Returns:
+        The page, and the PNG files.
+
+    Raises:
+        StorageError: the folder cannot be written to.
+    """
+    check_folder(folder, "the report's folder")
+    pictures = [_comparison_png(found, folder / f"{found.task}-comparison.png")]
+    headings = ["", *(m.replace("/", " ") for m in METRICS), "cost", "seconds"]
+    best = min(found.rows, key=lambda row: row.mean("val/loss"))
+    rows = [
+        [
+            row.way.title,
+            *(f"{row.mean(m):.3f} ± {row.std(m):.3f}" for m in METRICS),
+            f"{sum(row.costs) / len(row.costs):.0f}",
+            f"{sum(row.seconds) / len(row.seconds):.1f}",
+        ]
+        for row in found.rows
+    ]
+    options = ", ".join(f"{k}={v}" for k, v in found.options.items())
+    parts = [
+        _note(
+            f"{found.learner} on {found.task} ({options}); mean ± standard deviation over seeds "
+            f"{', '.join(map(str, found.seeds))}, each with its own split, wrong labels and "
+            f"weights. Budget of every way and seed: {found.budget} equivalent training steps "
+            "(gradients + 2 · Hessian-vector products); “defaults, one run” uses one trial's share. "
+            "Everything is chosen by validation loss; the test split is only reported. The "
+            "row in bold has the lowest mean validation loss."
+        ),
+        _table(headings, rows, [row is best for row in found.rows]),
+        "<h2>Test loss of every seed</h2>",
+        _plot(_comparison_figure(found), first=True),
+    ]
+    study = found.studies["gradient"]
+    drawn = run_panels(study)
+    if drawn:
+        title = f"gradient-tuned run at seed {found.seeds[0]}"
+        parts += [
+            f"<h2>{html.escape(title)}: losses, hypergradients and schedules</h2>",
+            _plot(html_figure(drawn, ""), first=False),
+        ]
+        pictures.append(write_figure(drawn, folder / f"{found.task}-schedule.png", title))
+    parts.append("<h2>Chosen hyperparameters (first seed)</h2>")
+    chosen = [[row.way.title, _values(row.best[0].hparams)] for row in found.rows]
+    parts.append(_table(["", "values at the end of the best trial"], chosen, [False] * len(chosen)))
+    page = _write(folder / f"{found.task}.html", f"Tuning {found.task}", parts)
+    return page, pictures
+
+
+def run_panels(study: Study) -> list[Panel]:
+    """Return the panels of the best trial's run; none where the gradient owned nothing."""
+    schedule, trace = study.schedule(), study.artifact(TRACE)
+    if schedule is None or trace is None:
+        return []
+    return panels(json.loads(trace), schedule, study.space)
+
+
+def _comparison_figure(found: Comparison) -> Figure:
+    from plotly.graph_objects import Figure, Scatter
+
+    figure = Figure()
+    for metric, symbol, color in (("val/loss", "circle-open", 0), ("test/loss", "circle", 1)):
+        points = [(r.metrics[metric], row.way.title) for row in found.rows for r in row.best]
+        figure.add_trace(
+            Scatter(
+                x=[x for x, _ in points],
+                y=[y for _, y in points],
+                mode="markers",
+                name=metric.replace("/", " "),
+                marker={"symbol": symbol, "color": COLORS[color], "size": 10},
+            )
+        )
+    figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(title_text="cross entropy (lower is better)")
+    figure.update_layout(template="plotly_white", height=110 + 46 * len(found.rows))
+    return figure
+
+
+def _comparison_png(found: Comparison, path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as PngFigure
+
+    figure = PngFigure(figsize=(9, 0.55 * len(found.rows) + 1.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for i, row in enumerate(found.rows):
+        for metric, color, shift, face in (
+            ("val/loss", COLORS[0], -0.12, "none"),
+            ("test/loss", COLORS[1], 0.12, COLORS[1]),
+        ):
+            values = [record.metrics[metric] for record in row.best]
+            label = metric.replace("/", " ") if i == 0 else None
+            height = [i + shift] * len(values)
+            axes.scatter(values, height, edgecolors=color, facecolors=face, label=label, zorder=3)
+            axes.plot([row.mean(metric)], [i + shift], "|", color=color, markersize=16)
+    axes.set_yticks(range(len(found.rows)), [row.way.title for row in found.rows])
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("cross entropy (lower is better); bars mark means over seeds")
+    axes.set_title(
+        f"{found.learner} on {found.task}: {found.budget} equivalent steps each, "
+        f"{len(found.seeds)} seeds",
+        fontsize=10,
+    )
+    axes.legend(loc="best", fontsize=8)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _values(hparams: object) -> str:
+    items = hparams.items() if isinstance(hparams, dict) else ()
+    return "  ".join(f"{name}={value_text(value)}" for name, value in items)
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool]) -> str:
+    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
+    body = []
+    for row, mark in zip(rows, marked, strict=True):
+        cells = "".join(
+            f"<td{' class=text' if '=' in cell else ''}>{html.escape(cell)}</td>" for cell in row
+        )
+        body.append(f"<tr{' class=best' if mark else ''}>{cells}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def _plot(figure: Figure, *, first: bool) -> str:
+    """A figure as HTML; the first of a page brings the drawing code along."""
+    return str(figure.to_html(full_html=False, include_plotlyjs=first))
+
+
+def _write(path: Path, title: str, parts: Sequence[str]) -> Path:
+    head = f"<meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    body = f"<h1>{html.escape(title)}</h1>" + "\n".join(parts)
+    page = f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>"
+    path.write_text(page, encoding="utf-8")
+    return path
