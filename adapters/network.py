@@ -34,21 +34,21 @@ class Network(Method):
 
     name = "network"
     space = Space(
-        lr=Grad(0.05, low=1e-4, high=1.0, scale="log", doc="learning rate; smooth"),
+        lr=Grad(0.05, low=1e-3, high=0.5, scale="log", doc="learning rate; smooth"),
         momentum=Grad(0.9, low=0.0, high=0.99, doc="of SGD, or beta1 of Adam; smooth"),
         layer_decay=Grad(
-            1e-4, low=1e-7, high=1.0, scale="log", doc="L2 penalty λ, one per layer; smooth"
+            1e-4, low=1e-6, high=1e-2, scale="log", doc="L2 penalty λ, one per layer; smooth"
         ),
         weight_decay=Grad(
-            1e-5, low=1e-8, high=1.0, scale="log", doc="L2 penalty μ, one per weight; smooth"
+            1e-5, low=1e-7, high=3e-2, scale="log", doc="L2 penalty μ, one per weight; smooth"
         ),
-        input_dropout=Grad(0.02, low=0.0, high=0.8, doc="dropout rate of the input; smooth"),
-        dropout=Grad(0.05, low=0.0, high=0.8, doc="dropout rate, one per hidden layer; smooth"),
+        input_dropout=Grad(0.02, low=0.0, high=0.5, doc="dropout rate of the input; smooth"),
+        dropout=Grad(0.05, low=0.0, high=0.5, doc="dropout rate, one per hidden layer; smooth"),
         label_smoothing=Grad(
-            0.02, low=0.0, high=0.9, doc="share of a label spread over all classes; smooth"
+            0.02, low=0.0, high=0.5, doc="share of a label spread over all classes; smooth"
         ),
         noise=Grad(
-            0.02, low=0.0, high=1.0, doc="augmentation: std of Gaussian input noise; smooth"
+            0.02, low=0.0, high=0.3, doc="augmentation: std of Gaussian input noise; smooth"
         ),
         shift=Grad(
             0.05,

@@ -97,7 +97,7 @@ def tune(
     noise: Annotated[float, typer.Option(help="Share of wrong training labels.")] = 0.3,
     seed: Annotated[int, typer.Option(help="First seed.", min=0)] = 0,
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 3,
-    trials: Annotated[int, typer.Option(help="Trials of each search.", min=2)] = 6,
+    trials: Annotated[int, typer.Option(help="Trials of each search.", min=2)] = 8,
     budget: Annotated[
         int, typer.Option(help="Equivalent training steps of each way and seed.", min=1)
     ] = 3000,

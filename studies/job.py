@@ -132,10 +132,18 @@ def comparison_table(found: Comparison) -> Table:
 
 
 def _conclusion(found: Comparison) -> str:
-    """One sentence that holds for these seeds: the ways that beat the best search on each."""
+    """What the table says about gradients against the better search, seed by seed."""
     by_name = {row.way.name: row for row in found.rows}
     search = min((by_name["random"], by_name["tpe"]), key=lambda row: row.mean("test/loss"))
     lines = []
+    for name in ("random", "tpe"):
+        row = by_name[name]
+        at_default = sum(record.number == 0 for record in row.best)
+        if at_default:
+            lines.append(
+                f"{row.way.title}: the best trial is the first one, at the defaults, "
+                f"on {at_default} of {len(row.best)} seeds."
+            )
     for name in ("gradient", "hybrid"):
         pairs = zip(by_name[name].best, search.best, strict=True)
         differences = [a.metrics["test/loss"] - b.metrics["test/loss"] for a, b in pairs]
@@ -156,12 +164,8 @@ def _print_files(console: Console, storage: str, page: Path, pictures: Sequence[
         ("studies", path),
     ]:
         console.print(f"  {what:<8} {where}", soft_wrap=True, highlight=False)
-    console.print(
-        f"\nNext: open the report; `bilevel show {path}` lists the studies; `bilevel list` what else "
-        "can be tuned.",
-        soft_wrap=True,
-        highlight=False,
-    )
+    then = f"open the report; `bilevel show {path}` lists the studies; `bilevel list` the rest."
+    console.print(f"\nNext: {then}", soft_wrap=True, highlight=False)
 
 
 @contextmanager

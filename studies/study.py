@@ -270,8 +270,8 @@ class Study:
 def _check_owners(space: Space, algorithm: OuterAlgorithm[Any] | None) -> None:
     if space.grad and algorithm is None:
         raise ValueError(
-            f"algorithm: the gradient owns {list(space.grad)}, so an outer algorithm is needed, such "
-            "as Descent(Unrolled(steps=5)); or give them to the sampler with space.own(...)."
+            f"algorithm: the gradient owns {list(space.grad)}, so an outer algorithm is needed, "
+            "such as Descent(Unrolled(steps=5)); or give them to the sampler with space.own(...)."
         )
     if algorithm is not None and not space.grad:
         raise ValueError(

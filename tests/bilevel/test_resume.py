@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from bilevel.checkpoint import load, save
 from hypergrad import CG, SGD, Hyper, Implicit, Unrolled
 from tests.bilevel.problems import RIDGE, TRAIN, ridge_options
 
+ROOT = Path(__file__).parents[2]
 RULE = SGD(lr=0.05, momentum=0.9)
 
 
@@ -143,7 +143,7 @@ def test_real_signals_leave_a_valid_checkpoint(kill: signal.Signals, tmp_path: P
     path = tmp_path / "run.pt"
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(path)],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=os.getcwd(),
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
