@@ -54,12 +54,13 @@ class Optimizer(ABC):
 
     def _check(self, key: str, value: float | Tensor) -> None:
         low, high = self.ranges.get(key, (-torch.inf, torch.inf))
-        entries = torch.as_tensor(value).detach()
-        bad = entries[~((entries >= low) & (entries < high))]
-        if bad.numel():
-            raise ValueError(
-                f"{type(self).__name__} {key} must be in [{low}, {high}), but got {bad[0].item()}."
-            )
+        entries: list[float] = [value] if isinstance(value, float) else []
+        if isinstance(value, Tensor):
+            entries = [extreme.item() for extreme in torch.aminmax(value.detach())]
+        for entry in entries:
+            if not low <= entry < high:
+                name = type(self).__name__
+                raise ValueError(f"{name} {key} must be in [{low}, {high}), but got {entry}.")
 
     @abstractmethod
     def init(self, flat: Tensor) -> State:
