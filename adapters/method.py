@@ -144,6 +144,10 @@ class Method:
         """
         return {}
 
+    def unused(self) -> tuple[str, ...]:
+        """Return hyperparameters that have no effect on this task; the gradient leaves them fixed."""
+        return ()
+
     def optimizer(self, hyper: Callable[[str], Value]) -> Optimizer:
         """Return the update rule; by default SGD with momentum 0.9 and the space's "lr".
 

@@ -74,6 +74,10 @@ class Network(Method):
             activation=constants["activation"],
         )
 
+    def unused(self) -> tuple[str, ...]:
+        """Only images can be shifted."""
+        return () if self.setting.task.is_image else ("shift",)
+
     def shapes(self, model: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """One value per layer, hidden layer and weight."""
         layers = _layers(model)

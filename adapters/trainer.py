@@ -115,19 +115,19 @@ class Trainer(Learner):
         self._task, self._seed = task, seed
         self.method = self.method_type()
         self.method.memory = {}
-        moving = [name for name in self._declared.grad if name in values]
-        self.method.setting = Setting(
-            task,
-            {name: value for name, value in values.items() if name not in moving},
-            artifacts.resolve(self.needs, task, seed),
-            seed,
-        )
+        resolved = artifacts.resolve(self.needs, task, seed)
+        self.method.setting = Setting(task, values, resolved, seed)
+        unused = [name for name in self.method.unused() if name in self._declared.grad]
+        self.space = self._declared.own(**dict.fromkeys(unused, "fixed"))
+        moving = [name for name in self.space.grad if name in values]
+        kept = {name: value for name, value in values.items() if name not in moving}
+        self.method.setting = Setting(task, kept, resolved, seed)
         with seeded(_derive(seed, "weights"), [task.device]):
             self._model = self.method.network().to(task.device, task.dtype)
             self.method.attach(self._model)
         shapes = self.method.shapes(self._model)
         wide = {n: tuple(s) for n, s in shapes.items() if n in moving}
-        self.space = self._declared.reshape(**wide) if wide else self._declared
+        self.space = self.space.reshape(**wide)
         self._hparams = {
             name: values[name].expand(wide.get(name, values[name].shape)).clone() for name in moving
         }

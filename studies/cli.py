@@ -35,6 +35,8 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         _stop("interrupted; run the same command with --resume to go on.", 130)
     except Exception as error:
+        if hasattr(error, "format_message"):  # typer's own: a bad option or argument
+            _stop(error.format_message(), 2)
         code = _exit_code(error)
         if code is None:
             raise
@@ -43,20 +45,16 @@ def main() -> None:
 
 def _exit_code(error: Exception) -> int | None:
     """Return the exit code of an error that is the user's to mend; None for a bug of ours."""
-    from click import ClickException, UsageError
 
     from studies.agreement import MismatchError
     from studies.coordinator import TooManyFailuresError
     from studies.storage import LockedError
 
-    if isinstance(error, UsageError):
-        error.message = error.format_message()
     codes: list[tuple[type[Exception], int]] = [
         (LockedError, 3),
         (MismatchError, 4),
         (TooManyFailuresError, 1),
         (NoResultError, 1),
-        (ClickException, 2),
         (ValueError, 2),
         (OSError, 2),
     ]

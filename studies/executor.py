@@ -98,7 +98,9 @@ def in_process(job: Job, report: Report) -> Outcome:
             learner = job.learner(job.space)
             learner.setup(job.task, job.values, seed=job.seed)
             run = _train if job.algorithm is None else _tune
-            return run(job, learner, report, interrupt)
+            outcome = run(job, learner, report, interrupt)
+            interrupt.check()  # pressed in the last step: that step is done again on resume
+            return outcome
     except Exception as error:
         failure = Failure("exception", f"{type(error).__name__}: {error}")
         return Outcome(TrialRecord(job.number, "failed", failure=failure))

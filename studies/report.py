@@ -100,7 +100,7 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
             f"{found.learner} on {found.task} ({options}); mean ± standard deviation over seeds "
             f"{', '.join(map(str, found.seeds))}, each with its own split, wrong labels and "
             f"weights. Budget of every way and seed: {found.budget} equivalent training steps "
-            "(gradients + 2 · Hessian-vector products); the first row uses one trial's share of it. "
+            "(gradients + 2 · Hessian-vector products); the first row uses one trial's share. "
             "Everything is chosen by validation loss; the test split is only reported. The "
             "row in bold has the lowest mean validation loss."
         ),

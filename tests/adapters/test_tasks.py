@@ -82,7 +82,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_names_list_the_known() -> None:
-    with pytest.raises(ValueError, match="unknown task 'digit'.*digits"):
+    with pytest.raises(ValueError, match=r"unknown task 'digit'.*digits"):
         tasks.get("digit")
-    with pytest.raises(ValueError, match="unknown split 'vall'.*val"):
+    with pytest.raises(ValueError, match=r"unknown split 'vall'.*val"):
         tasks.get("digits").split("vall")

@@ -240,7 +240,7 @@ def test_bad_methods_and_values() -> None:
 
 
 def test_registry_names_what_it_knows() -> None:
-    with pytest.raises(ValueError, match="unknown learner 'netwrok'.*network"):
+    with pytest.raises(ValueError, match=r"unknown learner 'netwrok'.*network"):
         registry.get("netwrok")
     assert registry.get("network") is registry.get("network")
     assert registry.describe()["network"].startswith("Perceptron")

@@ -66,6 +66,9 @@ def optimal_penalty() -> float:
     from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(
-        lambda z: validation_loss(float(torch.tensor(z).exp())), bounds=(-9.0, 6.0), method="bounded", options={"xatol": 1e-10}
+        lambda z: validation_loss(float(torch.tensor(z).exp())),
+        bounds=(-9.0, 6.0),
+        method="bounded",
+        options={"xatol": 1e-10},
     )
     return float(torch.tensor(found.x, dtype=torch.float64).exp())

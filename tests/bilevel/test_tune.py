@@ -100,7 +100,9 @@ def test_a_plain_tree_of_hyperparameters_moves_without_bounds() -> None:
         hparams={"target": {"inside": torch.zeros(2, dtype=torch.float64)}},
         optimizer=SGD(lr=0.2),
     )
-    assert torch.allclose(found.hparams["target__inside"], torch.full((2,), 3.0).double(), atol=1e-2)
+    assert torch.allclose(
+        found.hparams["target__inside"], torch.full((2,), 3.0).double(), atol=1e-2
+    )
 
 
 @pytest.mark.parametrize("steps", [17, 100])
