@@ -145,7 +145,7 @@ class Method:
         return {}
 
     def unused(self) -> tuple[str, ...]:
-        """Return hyperparameters that have no effect on this task; the gradient leaves them fixed."""
+        """Return hyperparameters without effect on this task; the gradient leaves them fixed."""
         return ()
 
     def optimizer(self, hyper: Callable[[str], Value]) -> Optimizer:
