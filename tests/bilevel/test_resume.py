@@ -22,6 +22,11 @@ ROOT = Path(__file__).parents[2]
 RULE = SGD(lr=0.05, momentum=0.9)
 
 
+def interruptible() -> None:
+    """In a child: take SIGINT, which a process started in the background ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def batch(t: int) -> tuple[Tensor, Tensor]:
     """A random minibatch: resuming must restore the global generator."""
     rows = torch.randint(0, len(TRAIN[0]), (6,))
@@ -144,6 +149,7 @@ def test_real_signals_leave_a_valid_checkpoint(kill: signal.Signals, tmp_path: P
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(path)],
         stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        preexec_fn=interruptible,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:

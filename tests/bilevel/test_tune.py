@@ -18,7 +18,7 @@ RULE = SGD(lr=0.05, momentum=0.9)
 NESTED = Descent(
     Implicit(CG(rtol=1e-10)),
     lr=0.1,
-    inner_steps=Until(grad_norm=1e-7, max_steps=500),
+    inner_steps=Until(grad_norm=1e-6, max_steps=200),
     tolerance=1e-6,
 )
 
@@ -40,7 +40,7 @@ def test_alternating_comes_near_it() -> None:
 
 
 def test_one_penalty_for_each_weight_beats_one_for_all() -> None:
-    found = tune(RIDGE, NESTED, Budget(outer_steps=60), optimizer=RULE, **ridge_options((8,)))
+    found = tune(RIDGE, NESTED, Budget(outer_steps=40), optimizer=RULE, **ridge_options((8,)))
     assert found.val is not None
     assert found.val["loss"] < validation_loss(optimal_penalty()) - 1e-3
 
@@ -162,12 +162,12 @@ def test_early_stopping_returns_the_best_weights() -> None:
 
 
 def test_divergence_keeps_the_last_good_weights_and_says_why() -> None:
-    start = ridge_options()["params"]
-    threshold = 0.9 * RIDGE.outer_loss(start, {}, TRAIN).item()
+    calls = [0]
 
     def inner(params: Any, hparams: Any, batch: Any) -> Tensor:
-        loss = RIDGE.inner_loss(params, hparams, batch)
-        return loss * (math.nan if loss.item() < threshold else 1.0)
+        """NaN from the twentieth evaluation on."""
+        calls[0] += 1
+        return RIDGE.inner_loss(params, hparams, batch) * (math.nan if calls[0] >= 20 else 1.0)
 
     found = tune(
         Problem(inner, RIDGE.outer_loss),

@@ -17,6 +17,11 @@ ROOT = Path(__file__).parents[2]
 SMALL = ["--seeds", "1", "--trials", "2", "--budget", "400"]
 
 
+def interruptible() -> None:
+    """In a child: take SIGINT, which a process started in the background ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def bilevel(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "bilevel", *args],
@@ -141,6 +146,7 @@ def test_ctrl_c_and_resume(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment(), text=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=interruptible,
     )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:

@@ -30,6 +30,11 @@ SMALL = NETWORK.space.fix(width=16, depth=1)
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def interruptible() -> None:
+    """In a child: take SIGINT, which a process started in the background ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def study(folder: Path, name: str = "s", **options: Any) -> Study:
     options = {"space": SMALL, "algorithm": ALGORITHM, "seed": 5, **options}
     folder.mkdir(exist_ok=True)
@@ -201,6 +206,7 @@ def test_a_killed_study_ends_as_if_it_had_not_been(kill: signal.Signals, tmp_pat
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(tmp_path / "a")],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ},
+        preexec_fn=interruptible,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:
