@@ -9,7 +9,7 @@ from __future__ import annotations
 import json as _json
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -29,18 +29,20 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def main() -> None:
     """Run the command line; the exit code says how it ended."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as end:
-        sys.exit(end.exit_code)
+        code = app(standalone_mode=False)  # typer returns the code of an Exit, 130 for Ctrl-C
     except (typer.Abort, KeyboardInterrupt):
-        _stop("interrupted; run the same command with --resume to go on.", 130)
+        code = 130
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a bad option or argument
             _stop(error.format_message(), 2)
-        code = _exit_code(error)
-        if code is None:
+        known = _exit_code(error)
+        if known is None:
             raise
-        _stop(str(error), code)
+        _stop(str(error), known)
+    if code == 130:
+        _stop("interrupted; run the same command with --resume to go on.", 130)
+    if code:
+        sys.exit(code)
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -65,7 +67,7 @@ class NoResultError(RuntimeError):
     """No trial is complete."""
 
 
-def _stop(message: str, code: int) -> None:
+def _stop(message: str, code: int) -> NoReturn:
     print(f"bilevel: {message}", file=sys.stderr)
     sys.exit(code)
 
