@@ -32,8 +32,12 @@ class Functional:
     Any method, hook and parametrization of the model sees the replacements
     (`torch.func.functional_call`); a parametrized weight is computed once per call.
 
+    Attributes:
+        trained: the model's own tensors that are replaced, by name.
+        buffers: its live buffers by name.
+
     Args:
-        model: holds the frozen parameters and the buffers.
+        model: holds the frozen parameters and the buffers; their names do not change from here.
         set_mode: ``(model, training)`` switches the model to training or evaluation.
 
     Raises:
@@ -42,7 +46,10 @@ class Functional:
 
     def __init__(self, model: nn.Module, set_mode: Callable[[nn.Module, bool], None]) -> None:
         self.model = model
-        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        # Sorted, as optree sorts: names and the flat vector of their tensors go in one order.
+        self.trained = dict(sorted(trained.items()))
+        self.buffers = dict(model.named_buffers())
         if not self.trained:
             raise ValueError(
                 f"{type(model).__name__}: no parameter requires grad, so there is nothing to train."
@@ -56,7 +63,7 @@ class Functional:
     def constants(self) -> dict[str, Tensor]:
         """Live frozen parameters and buffers by name."""
         frozen = {n: p for n, p in self.model.named_parameters() if n not in self.trained}
-        return frozen | dict(self.model.named_buffers())
+        return frozen | self.buffers
 
     def __call__(
         self,
@@ -81,7 +88,7 @@ class Functional:
             self._training = training
         tensors = {f"model.{name}": value for name, value in params.items()}
         if not live:
-            tensors |= {f"model.{n}": b.detach().clone() for n, b in self.model.named_buffers()}
+            tensors |= {f"model.{n}": b.detach().clone() for n, b in self.buffers.items()}
         with parametrize.cached() if self._parametrized else nullcontext():
             return torch.func.functional_call(self._run, tensors, (function, *args))  # type: ignore[no-any-return]
 

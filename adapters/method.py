@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -93,8 +93,8 @@ class Method:
                 return -((1 - log_p.exp()) ** hparams["gamma"] * log_p).mean()
 
     `loss`, `penalty`, `detached`, `predict`, `measure` and `outer_loss` are pure: they change
-    nothing, read only their arguments, `memory` and constants, and draw random numbers from
-    ``batch["seed"]`` alone.  Then every estimator can differentiate through training.
+    nothing and read only their arguments, `memory` and constants.  The default random generators
+    are seeded from the batch around them.  So every estimator can differentiate through training.
     `hparams` holds all active hyperparameters: tensors where the gradient owns them, plain
     values elsewhere.
 
@@ -143,6 +143,10 @@ class Method:
         this shape, filled with that number.  Elsewhere they stay one number for all elements.
         """
         return {}
+
+    def idle(self) -> Collection[str]:
+        """Names that do nothing on this task; nobody owns them in this run."""
+        return ()
 
     def optimizer(self, hyper: Callable[[str], Value]) -> Optimizer:
         """Return the update rule; by default SGD with momentum 0.9 and the space's "lr".

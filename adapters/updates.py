@@ -1,22 +1,19 @@
-"""Update rules on edited gradients: `Method.after_backward` as part of the optimizer."""
+"""Update rules made from update rules: edited gradients and scheduled hyperparameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hypergrad.optimizers import Optimizer, State, Value, Values
-from hypergrad.optimizers.flat import unflatten
-from hypergrad.tree import Leaves
+from bilevel.coordinates import interpolate
+from bilevel.domains import Grad
+from hypergrad.optimizers import Hyper, Optimizer, State, Value, Values
 
-if TYPE_CHECKING:
-    from adapters.method import Method
-
-__all__ = ["EditedGradient", "edited"]
+__all__ = ["Annealed", "EditedGradient"]
 
 
 @dataclass(frozen=True)
@@ -49,22 +46,81 @@ class EditedGradient(Optimizer):
         return self.base.update(flat, self.edit(grad, flat), state, values)
 
 
-def edited(rule: Optimizer, method: Method, leaves: Leaves, names: list[str]) -> Optimizer:
-    """Return the rule with the method's `after_backward` before it, where it has one.
+@dataclass(frozen=True)
+class Annealed(Optimizer):
+    """An update rule whose tuned hyperparameters follow schedules over training.
 
-    Args:
-        rule: the method's optimizer.
-        method: edits gradients by name.
-        leaves: the trained tensors, in the order of the flat vector.
-        names: their names.
+    Step t uses ``interpolate(domain, knots, t / horizon)`` for every hyperparameter that is a
+    `Hyper` of a scheduled name; hypergradients reach every knot.  The optimizer state counts
+    the steps.
+
+    Attributes:
+        base: the rule.
+        schedules: name of a hyperparameter -> its domain, a `Grad` with a schedule.
+        horizon: steps that the knots span; the last knot stays in force afterwards.
+        done: steps done before the first one of this rule.
     """
-    if type(method).after_backward.__qualname__ == "Method.after_backward":
-        return rule
 
-    def edit(grad: Tensor, flat: Tensor) -> Tensor:
-        grads = dict(zip(names, unflatten(grad, leaves.tensors), strict=True))
-        params = dict(zip(names, unflatten(flat, leaves.tensors), strict=True))
-        after = method.after_backward(grads, params)
-        return torch.cat([after[name].reshape(-1) for name in names])
+    base: Optimizer
+    schedules: Mapping[str, Grad]
+    horizon: int
+    done: int = 0
 
-    return EditedGradient(rule, edit)
+    @property
+    def _scheduled(self) -> dict[str, tuple[Hyper, Grad, list[str]]]:
+        """Key -> what it stands for, its schedule, and the keys of its knots."""
+        return {
+            key: (value, self.schedules[value.name], [f"{key}[{i}]" for i in range(k)])
+            for key, value in self.base.hyperparameters.items()
+            if isinstance(value, Hyper)
+            and value.name in self.schedules
+            and (k := self.schedules[value.name].schedule)
+        }
+
+    @property
+    def hyperparameters(self) -> dict[str, Value]:
+        """Those of the rule, with ``key[i]`` for knot i of a scheduled one."""
+        found = dict(self.base.hyperparameters)
+        for key, (hyper, _, knots) in self._scheduled.items():
+            del found[key]
+            found |= {knot: Hyper(hyper.name, _Select(i)) for i, knot in enumerate(knots)}
+        return found
+
+    def init(self, flat: Tensor) -> State:
+        """The state of the rule, and the number of steps done."""
+        return {**self.base.init(flat), "annealed": self.done}
+
+    def update(
+        self, flat: Tensor, grad: Tensor, state: State, values: Values
+    ) -> tuple[Tensor, State]:
+        """See `Optimizer.update`."""
+        progress = min(1.0, state["annealed"] / self.horizon)
+        now = dict(values)
+        for key, (hyper, domain, names) in self._scheduled.items():
+            given = [now.pop(name) for name in names]
+            like = next((k for k in given if isinstance(k, Tensor)), torch.tensor(0.0).double())
+            knots = torch.stack([torch.as_tensor(k).to(like) for k in given])
+            # By now a knot is one number, or spread over the flat vector.
+            spread = dataclasses.replace(domain, init=_inside(domain), shape=like.shape)
+            value = interpolate(spread, knots, progress)
+            value = value if hyper.transform is None else hyper.transform(value)
+            numbers = all(isinstance(k, float) for k in given)
+            now[key] = value.item() if numbers else value
+        before = {k: v for k, v in state.items() if k != "annealed"}
+        flat, after = self.base.update(flat, grad, before, now)
+        return flat, {**after, "annealed": state["annealed"] + 1}
+
+
+@dataclass(frozen=True)
+class _Select:
+    """Selects a knot; a frozen object, so that equal rules compare equal."""
+
+    index: int
+
+    def __call__(self, knots: Tensor) -> Tensor:
+        return knots[self.index]
+
+
+def _inside(domain: Grad) -> float:
+    """Return a number that the domain allows, whatever the shape of its init."""
+    return float(torch.tensor(domain.init, dtype=torch.float64).flatten()[0])

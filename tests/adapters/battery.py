@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters import Learner, Task, Trainer, registry, tasks
-from bilevel import RunStatus
+from bilevel import Float, RunStatus, Space
 from hypergrad import Unrolled, check_hypergradient
 
 __all__ = ["CHECKS", "LEARNERS", "Subject"]
@@ -35,7 +35,6 @@ class Subject:
         smooth: values at which its smooth hyperparameters are compared with central
             differences; kinks of the loss must not lie within the step of the differences.
         tolerance: largest relative error of that comparison.
-        diverging: values at which training must diverge; None where it cannot.
     """
 
     learner: type[Learner]
@@ -44,7 +43,6 @@ class Subject:
     hparams: Mapping[str, Any] = field(default_factory=dict)
     smooth: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-5
-    diverging: Mapping[str, Any] | None = None
 
     def make_task(self, dtype: torch.dtype = torch.float32) -> Task:
         return tasks.get(self.task, **self.options).to(dtype)
@@ -159,18 +157,41 @@ def bad_inputs_raise(subject: Subject) -> None:
 
 
 def divergence_is_a_status(subject: Subject) -> None:
-    """A loss that is not finite ends the run; the weights before it are kept."""
+    """A loss that is not finite ends the run at the last weights where it was finite."""
     learner = subject.set_up()
     assert isinstance(learner, Trainer)
     learner.step()
+    good = {name: value.clone() for name, value in learner.params.items()}
+    learner.step()
     loss = learner.method.loss
-    kept = {name: value.clone() for name, value in learner.params.items()}
     learner.method.loss = lambda *args: loss(*args) * math.nan  # type: ignore[method-assign]
     for _ in range(2):
-        metrics = learner.step()
-        assert metrics.status is RunStatus.DIVERGED
-    assert all(torch.equal(kept[name], value) for name, value in learner.params.items())
-    assert math.isfinite(learner.evaluate("val")["loss"])
+        assert math.isnan(learner.step()["loss"])
+        assert learner.status is RunStatus.DIVERGED
+    learner.method.loss = loss  # type: ignore[method-assign]
+    metrics = learner.step()
+    assert (metrics.status, metrics.cost.gradients) == (RunStatus.DIVERGED, 0)
+    assert all(torch.equal(good[name], value) for name, value in learner.params.items())
+    assert learner.evaluate("val").status is RunStatus.DIVERGED
+    resumed = subject.set_up()
+    resumed.load_state_dict(learner.state_dict())
+    assert resumed.step().status is RunStatus.DIVERGED
+    assert dict(resumed.evaluate("val")) == dict(learner.evaluate("val"))
+
+
+def a_huge_learning_rate_diverges(subject: Subject) -> None:
+    space = subject.learner.space
+    if "lr" not in space:
+        pytest.skip("no learning rate")
+    free = Space({**space, "lr": Float(1e-9, 1e30, log=True)})
+    learner = subject.learner(free)
+    learner.setup(subject.make_task(), {**subject.hparams, "lr": 1e25}, seed=0)
+    losses = [learner.step() for _ in range(50)]
+    assert losses[0].status is RunStatus.RUNNING
+    assert losses[-1].status is RunStatus.DIVERGED
+    assert isinstance(learner, Trainer)
+    assert all(value.isfinite().all() for value in learner.params.values())
+    assert math.isfinite(learner.evaluate("train")["loss"])
 
 
 def steps_are_those_of_unrolled(subject: Subject) -> None:
@@ -220,6 +241,7 @@ CHECKS = [
     takes_random_draws,
     bad_inputs_raise,
     divergence_is_a_status,
+    a_huge_learning_rate_diverges,
     steps_are_those_of_unrolled,
     smooth_hyperparameters_match_differences,
 ]
