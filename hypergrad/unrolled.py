@@ -70,8 +70,10 @@ class Unrolled(Estimator[UnrolledState]):
         truncation: K: backpropagate through the last K steps only (status APPROXIMATE if K < T);
             cost and memory of the first T − K are those of plain training.
         memory: how the backward pass gets the graph of a step.  "graph": all kept, the fastest;
-            "replay": all steps recomputed from stored (w, s), about 1.5 times the time;
-            "segments": √T stored points, the steps between recomputed; memory of 2√T steps.
+            "replay": each step recomputed from its stored (w, s); "segments": (w, s) stored
+            every √T steps, and √T graphs at a time recomputed from there.  Both recompute each
+            step once (1.2 to 1.5 times the time); segments hold the least where states are
+            large, replay where the graph of a step is.
             A recomputed loss must be the same bit for bit: a callable inner batch must return
             the same batch for the same t.
     """

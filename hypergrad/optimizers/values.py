@@ -151,7 +151,7 @@ def constants(values: Values) -> Values:
 
 
 def is_zero(value: Value) -> bool:
-    """Whether a value is the number 0, which switches its term off (a tuned 0 does not)."""
+    """Whether a value is the number 0, so that its term can be left out."""
     return isinstance(value, int | float) and value == 0
 
 
