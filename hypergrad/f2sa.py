@@ -186,5 +186,4 @@ def _start(loop: Loop, z: Tensor, at_z: State, state: F2SAState) -> tuple[Tensor
             f"state['penalized'] has {y.numel()} entries, but params have {z.numel()}; "
             "call init for other params."
         )
-    loop.optimizer.check_state(at_y, y)
-    return y, at_y
+    return y, loop.start(at_y)[1]
