@@ -1,4 +1,4 @@
-"""What is stored of a trial: plain attributes on Optuna's own record, and the view that reads them."""
+"""What is stored of a trial: plain attributes on Optuna's record, and the view of them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class TrialRecord:
     params: Mapping[str, Any] = field(default_factory=dict)
     hparams: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
-    cost: Cost = Cost()
+    cost: Cost = field(default_factory=Cost)
     seed: int | None = None
     status: str = ""
     failure: Failure | None = None

@@ -36,7 +36,7 @@ PRUNERS: dict[str, Callable[[], BasePruner]] = {
 """Optuna's pruners by name; any other pruner is given as an object."""
 
 
-def make_sampler(sampler: BaseSampler | str | None, seed: int) -> BaseSampler:
+def make_sampler(sampler: BaseSampler | str | None, seed: int) -> SeededSampler:
     """Return the named sampler (default "tpe"), or the given one, seeded trial by trial.
 
     Raises:
