@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
@@ -27,7 +28,7 @@ class ProblemInner:
 
     Hyperparameters are declared by a `space`, or given as a plain tree of tensors, which then
     move without bounds.  The losses see the tree that was given; elsewhere a nested tree is a
-    flat dict with joined names: ``{"l2": {"w": ...}}`` is ``"l2__w"``.
+    flat dict with joined names: ``{"l2": {"layer.0": ...}}`` is ``"l2__layer_0"``.
 
     A batch that is callable is a stream, called with 0, 1, 2, ...  If what it returns depends on
     that number and the global random state alone, then a resumed run sees the same batches.
@@ -63,9 +64,9 @@ class ProblemInner:
         val_batch: Any = None,
         test_batch: Any = None,
     ) -> None:
-        dtype = trainable_leaves(params).tensors[0].dtype
+        first = trainable_leaves(params).tensors[0]
         if space is not None:
-            values = _initial(space, hparams, torch.promote_types(dtype, torch.float32))
+            values = _initial(space, hparams, first)
         elif hparams is not None:
             space, values, problem = _unbounded(problem, hparams)
         else:
@@ -225,22 +226,28 @@ def _requiring_grad(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_() for name, value in values.items()}
 
 
-def _initial(space: Space, given: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the checked initial values of a space that the gradient owns alone."""
+def _initial(space: Space, given: Any, like: Tensor) -> dict[str, Tensor]:
+    """Return the checked initial values of a space that the gradient owns alone.
+
+    They are on the device of the weights and as precise, but at least float32.
+    """
     others = [name for name in space if name not in space.grad]
     if others:
         raise ValueError(
             f"space: {others} are not owned by the gradient, and a bare Problem has no other "
             "hyperparameters; put constants into the losses, or write a learner."
         )
-    values = space.validate(dict(given or {}))
-    return {name: torch.as_tensor(values[name]).to(dtype) for name in space.grad}
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return space.validate(dict(given or {}), dtype=dtype, device=like.device)
 
 
 def _unbounded(problem: Problem, tree: Tree) -> tuple[Space, dict[str, Tensor], Problem]:
     """Return space, values and problem of a plain tree of hyperparameters, as a flat dict."""
     flat, spec = optree.tree_flatten(tree)
-    names = ["__".join(map(str, path)) or "hparams" for path in optree.tree_paths(tree)]
+    paths = optree.tree_paths(tree)
+    names = ["__".join(_identifier(key) for key in path) or "hparams" for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"hparams: two tensors share a name in {names}; rename one.")
     values = dict(zip(names, flat, strict=True))
     hyper_leaves({k: v.detach().requires_grad_() if _floats(v) else v for k, v in values.items()})
     space = Space({name: Grad(0.0, shape=tuple(value.shape)) for name, value in values.items()})
@@ -255,6 +262,12 @@ def _unbounded(problem: Problem, tree: Tree) -> tuple[Space, dict[str, Tensor], 
     losses = [f.name for f in fields(problem) if f.name.endswith("loss")]
     wrapped = {name: nested(getattr(problem, name)) for name in losses}
     return space, values, replace(problem, **wrapped)
+
+
+def _identifier(key: Any) -> str:
+    """Return a key of a tree as part of a hyperparameter's name."""
+    text = re.sub(r"\W", "_", str(key))
+    return text if text.isidentifier() else f"_{text}"
 
 
 def _floats(value: Any) -> bool:
