@@ -34,6 +34,7 @@ class Functional:
 
     Attributes:
         trained: the model's own tensors that are replaced, by name.
+        frozen: its other parameters.
         buffers: its live buffers by name.
 
     Args:
@@ -49,6 +50,7 @@ class Functional:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # Sorted, as optree sorts: names and the flat vector of their tensors go in one order.
         self.trained = dict(sorted(trained.items()))
+        self.frozen = {n: p for n, p in model.named_parameters() if n not in trained}
         self.buffers = dict(model.named_buffers())
         if not self.trained:
             raise ValueError(
@@ -62,8 +64,7 @@ class Functional:
     @property
     def constants(self) -> dict[str, Tensor]:
         """Live frozen parameters and buffers by name."""
-        frozen = {n: p for n, p in self.model.named_parameters() if n not in self.trained}
-        return frozen | self.buffers
+        return self.frozen | self.buffers
 
     def __call__(
         self,

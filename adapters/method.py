@@ -105,7 +105,8 @@ class Method:
         needs: frozen artifacts, see `adapters.artifacts`.
         phases: names of the phases in order.
         scopes: name of a hyperparameter -> the first phase that it changes, for those that
-            do not act from the start.  A finished earlier phase can then be used again.
+            do not act from the start.  A finished earlier phase can then be used again.  The
+            gradient can own only what reaches the losses of the phase that is tuned.
         task_type: what kind of task it takes.
         roles: roles of metrics that are not plain values.
         setting: what the method runs on; there from `network` on.

@@ -146,7 +146,7 @@ class Trainer(Learner):
         self._good: Tensor | None = None
         self._optimizer_state: OptimizerState = self.optimizer.init(self._flat)
         self._values = self._level.resolve(self._hparams)
-        self._stream = Stream(self.method.pool(self._phase), derive_seed(self._seed, self._phase))
+        self._stream = Stream(self.method.pool(self.phase), derive_seed(self._seed, self.phase))
         self._drawn: list[dict[str, Any]] = []
 
     @property
@@ -155,7 +155,8 @@ class Trainer(Learner):
         return self._assembly.method
 
     @property
-    def _phase(self) -> str:
+    def phase(self) -> str:
+        """Name of the current phase."""
         return self.phases[self._phase_index]
 
     # The inner level.
@@ -170,6 +171,11 @@ class Trainer(Learner):
         """Trained tensors by name."""
         named = self._level.named(self._flat)
         return {name: value.detach().requires_grad_() for name, value in named.items()}
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters that the current phase does not train, by name."""
+        return {n: p.detach() for n, p in self._level.objective.functional.frozen.items()}
 
     @property
     def optimizer(self) -> Optimizer:
@@ -302,7 +308,7 @@ class Trainer(Learner):
         self._optimizer_state = state.optimizer
         if not last and method.done(state):
             if self._phase_cache is not None and not self._moved:
-                self._phase_cache[self._key(self._phase)] = self.state_dict()
+                self._phase_cache[self._key(self.phase)] = self.state_dict()
             self._begin_phase(self._phase_index + 1)
 
     def _editable(self) -> State:
@@ -314,7 +320,7 @@ class Trainer(Learner):
             checkpoint.copy(self._optimizer_state),
             self._level.objective.values(self._hparams, self._step),
             self._step,
-            self._phase,
+            self.phase,
         )
 
     # Phases.
@@ -322,8 +328,8 @@ class Trainer(Learner):
     def _begin_phase(self, index: int) -> None:
         self._level.objective.functional.write(self._level.named(self._flat))
         self._phase_index = index
-        with seeded(derive_seed(self._seed, f"begin {self._phase}"), [self._task.device]):
-            self.method.begin(self._phase, self._editable())
+        with seeded(derive_seed(self._seed, f"begin {self.phase}"), [self._task.device]):
+            self.method.begin(self.phase, self._editable())
         self._start_phase()
 
     def _key(self, phase: str) -> str:
@@ -441,10 +447,10 @@ class Trainer(Learner):
 
     def _draw(self, step: int) -> dict[str, Any]:
         size = self.method.batch_size(self._level.objective.values(self._hparams, step))
-        return {**self._stream.draw(size), "step": step, "phase": self._phase}
+        return {**self._stream.draw(size), "step": step, "phase": self.phase}
 
     def _now(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        return {"seed": 0, **batch, "step": self._step, "phase": self._phase}
+        return {"seed": 0, **batch, "step": self._step, "phase": self.phase}
 
     def _check_ready(self) -> None:
         if not self._ready:
