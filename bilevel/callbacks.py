@@ -89,7 +89,7 @@ class EarlyStopping(Callback):
 
 
 class Progress(Callback):
-    """A progress bar on standard error, with the outer loss and the hypergradient norm."""
+    """A progress bar on standard error, where that is a terminal."""
 
     def __init__(self) -> None:
         self._bar: RichProgress | None = None
@@ -106,7 +106,8 @@ class Progress(Callback):
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=(console := Console(stderr=True)),
+            disable=not console.is_terminal,
             transient=True,
         )
         self._task = self._bar.add_task("tuning", total=1.0)

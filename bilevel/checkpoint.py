@@ -56,10 +56,15 @@ def load(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint, or is damaged.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a readable checkpoint: {error}") from error
+    problem = f"{os.fspath(path)!r} is not a readable checkpoint"
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{problem}: its end is missing, or it is another kind of file.")
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{problem}: {error}") from error
 
 
 def check_writable(path: str | os.PathLike[str], argument: str) -> None:

@@ -16,7 +16,7 @@ from bilevel.metrics import Cost, Metrics
 from bilevel.space import Space
 from hypergrad import Problem
 from hypergrad.optimizers import Optimizer
-from hypergrad.problem import check_scalar
+from hypergrad.problem import Loss, check_scalar
 from hypergrad.training import train
 from hypergrad.tree import Tree, hyper_leaves, same_structure, trainable_leaves
 
@@ -77,13 +77,14 @@ class ProblemInner:
         self._hparams = {name: value.detach().clone() for name, value in values.items()}
         self._inner_batch, self._outer_batch = inner_batch, outer_batch
         self._drawn = {"inner": 0, "outer": 0}
-        if val_batch is None and not callable(outer_batch):
-            val_batch = outer_batch
-        self._splits = {
-            "train": (problem.inner_loss, inner_batch, "inner_batch"),
-            "val": (problem.outer_loss, val_batch, "val_batch"),
-            "test": (problem.outer_loss, test_batch, "test_batch"),
-        }
+        self._splits: dict[str, tuple[Loss, Any]] = {}
+        if not callable(inner_batch):
+            self._splits["train"] = (problem.inner_loss, inner_batch)
+        if val_batch is not None or not callable(outer_batch):
+            val_batch = outer_batch if val_batch is None else val_batch
+            self._splits["val"] = (problem.outer_loss, val_batch)
+        if test_batch is not None:
+            self._splits["test"] = (problem.outer_loss, test_batch)
 
     @property
     def space(self) -> Space:
@@ -93,11 +94,7 @@ class ProblemInner:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names that `evaluate` takes: those with a fixed batch."""
-        return tuple(
-            name
-            for name, (_, batch, _) in self._splits.items()
-            if not callable(batch) and not (batch is None and name == "test")
-        )
+        return tuple(self._splits)
 
     @property
     def problem(self) -> Problem:
@@ -172,13 +169,14 @@ class ProblemInner:
         """See `Inner.evaluate`: "train" is the inner loss on `inner_batch`.
 
         Raises:
-            ValueError: an unknown split, or one without a batch.
+            ValueError: an unknown split, or one without a fixed batch.
         """
         if split not in self._splits:
-            raise ValueError(f"split must be one of {list(self._splits)}, but got {split!r}.")
-        loss, batch, argument = self._splits[split]
-        if callable(batch) or (batch is None and split == "test"):
-            raise ValueError(f"{argument}: there is no fixed batch to evaluate {split!r} on.")
+            raise ValueError(
+                f"split must be one of {list(self._splits)}, which have a fixed batch, but got "
+                f"{split!r}; pass val_batch and test_batch for the others."
+            )
+        loss, batch = self._splits[split]
         with torch.no_grad():
             value = loss(self._params, self._hparams, batch)
         check_scalar(value, f"loss on {split!r}")
@@ -245,7 +243,7 @@ def _unbounded(problem: Problem, tree: Tree) -> tuple[Space, dict[str, Tensor], 
     """Return space, values and problem of a plain tree of hyperparameters, as a flat dict."""
     flat, spec = optree.tree_flatten(tree)
     paths = optree.tree_paths(tree)
-    names = ["__".join(_identifier(key) for key in path) or "hparams" for path in paths]
+    names = [_identifier(path) for path in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"hparams: two tensors share a name in {names}; rename one.")
     values = dict(zip(names, flat, strict=True))
@@ -264,10 +262,10 @@ def _unbounded(problem: Problem, tree: Tree) -> tuple[Space, dict[str, Tensor], 
     return space, values, replace(problem, **wrapped)
 
 
-def _identifier(key: Any) -> str:
-    """Return a key of a tree as part of a hyperparameter's name."""
-    text = re.sub(r"\W", "_", str(key))
-    return text if text.isidentifier() else f"_{text}"
+def _identifier(path: Sequence[Any]) -> str:
+    """Return the keys to a leaf of a tree as the name of a hyperparameter."""
+    name = "__".join(re.sub(r"\W", "_", str(key)) for key in path) or "hparams"
+    return name if name.isidentifier() else f"_{name}"
 
 
 def _floats(value: Any) -> bool:
