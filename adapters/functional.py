@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -10,9 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Functional"]
+__all__ = ["Functional", "copy_module"]
 
 Out = TypeVar("Out")
+
+
+def copy_module(model: nn.Module) -> nn.Module:
+    """Return a deep copy that shares nothing, not even the classes of parametrized modules.
+
+    `copy.deepcopy` shares those, and merging a parametrization of the copy would then take the
+    parametrized tensor away from the original.
+    """
+    clone = copy.deepcopy(model)
+    for module in clone.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            members = {
+                k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")
+            }
+            module.__class__ = type(shared.__name__, shared.__bases__, members)
+    return clone
 
 
 class _Run(nn.Module):

@@ -11,7 +11,8 @@ from torch import Tensor
 from adapters.assembly import Assembly
 from adapters.method import Batch, Method
 from adapters.objective import Objective
-from adapters.updates import Annealed, EditedGradient
+from adapters.updates import Annealed, EditedGradient, Knots
+from bilevel.checks import did_you_mean
 from hypergrad.attention import math_attention
 from hypergrad.optimizers import Hyper, Optimizer, State, Value, Values
 from hypergrad.optimizers.flat import flatten, unflatten
@@ -42,7 +43,7 @@ class Level:
 
     def __init__(self, assembly: Assembly, horizon: int | None, done: int) -> None:
         self._method = assembly.method
-        self._owned = assembly.hparams
+        self._owned, self._schedules = assembly.hparams, assembly.schedules
         horizon = horizon if assembly.schedules else None
         self.objective = Objective(assembly.method, assembly.model, assembly.space, horizon)
         trained = self.objective.functional.trained
@@ -53,17 +54,19 @@ class Level:
         if type(assembly.method).after_backward is not Method.after_backward:
             rule = EditedGradient(rule, self._edit)
         if horizon is not None:
-            rule = Annealed(rule, assembly.schedules, horizon, done)
+            rule = Annealed(rule, horizon, done)
         self.optimizer: Optimizer = rule
 
     def _hyper(self, name: str) -> Value:
         """Return what an optimizer field takes for a hyperparameter."""
-        if name in self._owned:
-            return Hyper(name)
-        known = self._method.setting.constants
+        known = {**self._method.setting.constants, **dict.fromkeys(self._owned)}
         if name not in known:
-            raise ValueError(f"{self._method.name} has no active hyperparameter {name!r}.")
-        return known[name]
+            raise ValueError(
+                f"{self._method.name} has no active hyperparameter {name!r}; "
+                f"{did_you_mean(name, known)}"
+            )
+        value = Hyper(name) if name in self._owned else known[name]
+        return Knots.of(self._schedules[name], value) if name in self._schedules else value
 
     def _edit(self, grad: Tensor, flat: Tensor) -> Tensor:
         edited = self._method.after_backward(self.named(grad), self.named(flat))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.assembly import assemble, derive_seed
+from adapters.functional import copy_module
 from adapters.learner import Learner
 from adapters.level import Level
 from adapters.method import Method, State
@@ -374,7 +374,7 @@ class Trainer(Learner):
         """Return a plain copy of the trained network: merged, pruned, folded as the method says."""
         self._check_ready()
         self._level.objective.functional.write(self._level.named(self._flat))
-        trained = copy.deepcopy(self._assembly.model).eval()
+        trained = copy_module(self._assembly.model).eval()
         values = self._level.objective.values(self._hparams, self._step)
         return self.method.finish(trained, values)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from bilevel.coordinates import interpolate
 from bilevel.domains import Grad
 from hypergrad.optimizers import Hyper, Optimizer, State, Value, Values
 
-__all__ = ["Annealed", "EditedGradient"]
+__all__ = ["Annealed", "EditedGradient", "Knots"]
 
 
 @dataclass(frozen=True)
@@ -47,68 +48,38 @@ class EditedGradient(Optimizer):
 
 
 @dataclass(frozen=True)
-class Annealed(Optimizer):
-    """An update rule whose tuned hyperparameters follow schedules over training.
-
-    Step t uses ``interpolate(domain, knots, t / horizon)`` for every hyperparameter that is a
-    `Hyper` of a scheduled name; hypergradients reach every knot.  The optimizer state counts
-    the steps.
+class Knots:
+    """Stands in an optimizer field for a value that follows a schedule; see `Annealed`.
 
     Attributes:
-        base: the rule.
-        schedules: name of a hyperparameter -> its domain, a `Grad` with a schedule.
-        horizon: steps that the knots span; the last knot stays in force afterwards.
-        done: steps done before the first one of this rule.
+        domain: a `Grad` with a schedule.
+        values: what an optimizer field takes, for each knot.
     """
 
-    base: Optimizer
-    schedules: Mapping[str, Grad]
-    horizon: int
-    done: int = 0
+    domain: Grad
+    values: tuple[Value, ...]
 
-    @property
-    def _scheduled(self) -> dict[str, tuple[Hyper, Grad, list[str]]]:
-        """Key -> what it stands for, its schedule, and the keys of its knots."""
-        return {
-            key: (value, self.schedules[value.name], [f"{key}[{i}]" for i in range(k)])
-            for key, value in self.base.hyperparameters.items()
-            if isinstance(value, Hyper)
-            and value.name in self.schedules
-            and (k := self.schedules[value.name].schedule)
-        }
+    @classmethod
+    def of(cls, domain: Grad, value: Hyper | Tensor) -> Knots:
+        """Return the knots of a tuned hyperparameter, or of a constant tensor."""
+        count = cast(int, domain.schedule)
+        if isinstance(value, Hyper):
+            return cls(domain, tuple(Hyper(value.name, _Select(i)) for i in range(count)))
+        return cls(domain, tuple(v if v.dim() else v.item() for v in value.unbind()))
 
-    @property
-    def hyperparameters(self) -> dict[str, Value]:
-        """Those of the rule, with ``key[i]`` for knot i of a scheduled one."""
-        found = dict(self.base.hyperparameters)
-        for key, (hyper, _, knots) in self._scheduled.items():
-            del found[key]
-            found |= {knot: Hyper(hyper.name, _Select(i)) for i, knot in enumerate(knots)}
-        return found
-
-    def init(self, flat: Tensor) -> State:
-        """The state of the rule, and the number of steps done."""
-        return {**self.base.init(flat), "annealed": self.done}
-
-    def update(
-        self, flat: Tensor, grad: Tensor, state: State, values: Values
-    ) -> tuple[Tensor, State]:
-        """See `Optimizer.update`."""
-        progress = min(1.0, state["annealed"] / self.horizon)
-        now = dict(values)
-        for key, (hyper, domain, names) in self._scheduled.items():
-            given = [now.pop(name) for name in names]
-            like = next((k for k in given if isinstance(k, Tensor)), torch.tensor(0.0).double())
-            knots = torch.stack([torch.as_tensor(k).to(like) for k in given])
-            # By now a knot is one number, or spread over the flat vector.
-            spread = dataclasses.replace(domain, init=_inside(domain), shape=like.shape)
-            value = interpolate(spread, knots, progress)
-            value = value if hyper.transform is None else hyper.transform(value)
-            numbers = all(isinstance(k, float) for k in given)
-            now[key] = value.item() if numbers else value
-        before = {k: v for k, v in state.items() if k != "annealed"}
-        flat, after = self.base.update(flat, grad, before, now)
-        return flat, {**after, "annealed": state["annealed"] + 1}
+    def at(self, given: Sequence[float | Tensor], progress: float) -> float | Tensor:
+        """Interpolate between resolved knots; differentiable."""
+        # By now a knot is one number, or spread over the flat vector.
+        like = next(
+            (k for k in given if isinstance(k, Tensor)), torch.zeros((), dtype=torch.float64)
+        )
+        knots = torch.stack(
+            [torch.as_tensor(knot, dtype=like.dtype, device=like.device) for knot in given]
+        )
+        inside = float(torch.tensor(self.domain.init, dtype=torch.float64).flatten()[0])
+        spread = dataclasses.replace(self.domain, init=inside, shape=tuple(like.shape))
+        value = interpolate(spread, knots, progress)
+        return value.item() if all(isinstance(knot, float) for knot in given) else value
 
 
 @dataclass(frozen=True)
@@ -121,6 +92,49 @@ class _Select:
         return knots[self.index]
 
 
-def _inside(domain: Grad) -> float:
-    """Return a number that the domain allows, whatever the shape of its init."""
-    return float(torch.tensor(domain.init, dtype=torch.float64).flatten()[0])
+@dataclass(frozen=True)
+class Annealed(Optimizer):
+    """An update rule some of whose fields are `Knots`: step t uses them at t / horizon.
+
+    Hypergradients reach every knot.  The optimizer state counts the steps.
+
+    Attributes:
+        base: the rule.
+        horizon: steps that the knots span; the last one stays in force afterwards.
+        done: steps done before the first one of this rule.
+    """
+
+    base: Optimizer
+    horizon: int
+    done: int = 0
+
+    @property
+    def _scheduled(self) -> dict[str, Knots]:
+        values = self.base.hyperparameters
+        return {key: value for key, value in values.items() if isinstance(value, Knots)}
+
+    @property
+    def hyperparameters(self) -> dict[str, Value]:
+        """Those of the rule, with ``key[i]`` for knot i of a scheduled one."""
+        found = dict(self.base.hyperparameters)
+        for key, knots in self._scheduled.items():
+            del found[key]
+            found |= {f"{key}[{i}]": value for i, value in enumerate(knots.values)}
+        return found
+
+    def init(self, flat: Tensor) -> State:
+        """The state of the rule, and the number of steps done."""
+        return {**self.base.init(flat), "annealed": self.done}
+
+    def update(
+        self, flat: Tensor, grad: Tensor, state: State, values: Values
+    ) -> tuple[Tensor, State]:
+        """See `Optimizer.update`."""
+        progress = min(1.0, state["annealed"] / self.horizon)
+        now = dict(values)
+        for key, knots in self._scheduled.items():
+            given = [now.pop(f"{key}[{i}]") for i in range(len(knots.values))]
+            now[key] = knots.at(given, progress)
+        before = {k: v for k, v in state.items() if k != "annealed"}
+        flat, after = self.base.update(flat, grad, before, now)
+        return flat, {**after, "annealed": state["annealed"] + 1}

@@ -10,12 +10,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrize
 
-from adapters import Classification, Method, every
+from adapters import Classification, Method, Task, Trainer, artifacts, every, tasks
 from adapters.method import State
 from adapters.networks import MLP
 from adapters.tasks import Split
 from bilevel import Choice, Float, Grad, Int, Space
 from hypergrad.optimizers import SGD, Adam, Optimizer, Value
+
+TASK = tasks.get("digits", noise=0.2, n_train=200)
+
+
+def trainer(method: type[Method], task: Any = TASK, seed: int = 0, **hparams: Any) -> Trainer:
+    """Return a learner that runs a method, set up."""
+    learner = Trainer.of(method)()
+    learner.setup(task, hparams, seed=seed)
+    return learner
+
 
 LR = Float(1e-3, 1.0, log=True, default=0.1)
 
@@ -105,7 +115,15 @@ class Normalized(Method):
         state.optimizer["momentum_buffer"] = None
 
 
-class Confident(Method):
+class Smooth(Method):
+    """Without kinks, for comparisons with central differences over many steps."""
+
+    def network(self) -> nn.Module:
+        task = cast(Classification, self.setting.task)
+        return MLP(task.input_shape, task.n_classes, width=16, activation="tanh")
+
+
+class Confident(Smooth):
     """Cross entropy weighted by the detached confidence p_y^ω (the form of ASFT)."""
 
     name = "confident"
@@ -123,15 +141,11 @@ class Confident(Method):
         return loss
 
 
-class Scaled(Method):
+class Scaled(Smooth):
     """Gradients of biases are not used, those of weights are scaled by the weight's norm."""
 
     name = "scaled"
     space = Space(lr=LR, decay=Grad(0.01, low=1e-6, high=1.0, scale="log"))
-
-    def network(self) -> nn.Module:
-        task = cast(Classification, self.setting.task)
-        return MLP(task.input_shape, task.n_classes, width=16, activation="tanh")
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
         total: Tensor = sum(p.square().sum() for p in model.parameters())  # type: ignore[assignment]
@@ -157,6 +171,13 @@ class LowRank(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + self.B @ self.A
+
+
+@artifacts.register("base_net")
+def base_net(task: Task, seed: int) -> MLP:
+    """An untrained network."""
+    data = cast(Classification, task)
+    return MLP(data.input_shape, data.n_classes, width=10, depth=1, activation="tanh")
 
 
 class Adapter(Method):

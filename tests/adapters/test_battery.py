@@ -6,19 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from adapters import Trainer, artifacts, registry
-from adapters.networks import MLP
-from adapters.tasks import Classification, Task
+from adapters import Trainer, registry
 from tests.adapters import methods
 from tests.adapters.battery import CHECKS, LEARNERS, Subject
-
-
-@artifacts.register("base_net")
-def base_net(task: Task, seed: int) -> MLP:
-    """An untrained network."""
-    assert isinstance(task, Classification)
-    return MLP(task.input_shape, task.n_classes, width=10, depth=1, activation="tanh")
-
 
 CANCER = {"task": "breast_cancer", "options": {}}
 SMALL = {"width": 16, "depth": 1, "activation": "tanh"}
