@@ -19,7 +19,12 @@ OTHERS = {
     ),
     "network on a table": Subject(registry.get("network"), hparams=SMALL, **CANCER),  # type: ignore[arg-type]
     **{
-        f"own: {method.name}": Subject(Trainer.of(method), hparams=hparams)
+        f"own: {method.name}": Subject(
+            Trainer.of(method),
+            hparams=hparams,
+            # Its weights p^ω vanish with the gradient when everything is wrong.
+            diverges=method is not methods.Confident,
+        )
         for method, hparams in (
             (methods.Focal, {}),
             (methods.Linear, {}),

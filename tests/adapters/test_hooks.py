@@ -83,7 +83,7 @@ def test_detached_quantities_have_no_gradient_in_training_and_a_full_one_outside
     )
     exact, wrong = hypergradient(learner), hypergradient(stopped)
     check(trainer(methods.Confident, task), steps=6)
-    assert abs(exact - wrong) > 0.01 * abs(exact)
+    assert abs(exact - wrong) > 1e-3 * abs(exact)  # `check` is a thousand times finer
     for _ in range(5):
         assert learner.step() == pytest.approx(dict(stopped.step()))
         full.step()
