@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,13 +108,6 @@ class Result:
                 "params": copy(params),
                 "trained": optree.tree_map(lambda t: t.requires_grad, params),
                 "hparams": copy(self.hparams),
-                "space": self.space.to_json(),
-                "schedule": self.schedule.state_dict(),
-                "trace": self.trace,
-                "status": self.status.value,
-                "reason": self.reason,
-                "cost": asdict(self.cost),
-                "best": None if self.best is None else asdict(self.best),
                 "val": self.val,
                 "test": self.test,
                 "state": self.state,
@@ -133,16 +126,18 @@ class Result:
             ValueError: the file is damaged.
         """
         data = load(Path(folder) / _FILE)
+        run = data["state"]["run"]
+        best = run["best"]
         return cls(
             params=optree.tree_map(Tensor.requires_grad_, data["params"], data["trained"]),
             hparams=data["hparams"],
-            space=Space.from_json(data["space"]),
-            schedule=Schedule.from_state(data["schedule"]),
-            trace=data["trace"],
-            status=RunStatus(data["status"]),
-            reason=data["reason"],
-            cost=Cost(**data["cost"]),
-            best=None if data["best"] is None else Best(**data["best"]),
+            space=Space.from_json(data["state"]["settings"]["space"]),
+            schedule=Schedule.from_state(run["schedule"]),
+            trace=run["trace"],
+            status=RunStatus(run["status"]),
+            reason=run["reason"],
+            cost=Cost(**run["cost"]),
+            best=None if best is None else Best(best["outer_step"], best["steps"], best["loss"]),
             val=data["val"],
             test=data["test"],
             state=data["state"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -48,7 +49,7 @@ def tune(
     evaluate_every: int | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int = 10,
+    checkpoint_every: float = 30.0,
     resume: str | os.PathLike[str] | Result | None = None,
     history: int = 64,
     seed: int | None = None,
@@ -72,9 +73,10 @@ def tune(
         evaluate_every: outer steps between two evaluations on the whole validation split, which
             the best weights and early stopping need; None for none before the end.
         callbacks: watch the run and may stop it, such as `EarlyStopping`.
-        checkpoint: file that the run is stored in, atomically, every `checkpoint_every` outer
-            steps and whenever the call ends: at its end, on Ctrl-C and on an error.
-        checkpoint_every: outer steps between two writes.
+        checkpoint: file that the run is stored in, atomically, after an outer step and whenever
+            the call ends: at its end, on Ctrl-C and on an error.
+        checkpoint_every: least seconds between two writes; 0 to write after every outer step.
+            The numbers of a resumed run do not depend on it.
         resume: a checkpoint file or a `Result` to go on from.  Pass all other arguments as they
             were; the budget, still a total, may be larger.
         history: tensors with more elements are kept in the schedule as quantiles.
@@ -94,9 +96,10 @@ def tune(
         KeyboardInterrupt: on Ctrl-C, after the last whole outer step was stored in `checkpoint`.
     """
     budget = Budget.of(budget)
-    for name, count in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, but got {count!r}.")
+    if evaluate_every is not None and evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, but got {evaluate_every!r}.")
+    if not checkpoint_every >= 0:
+        raise ValueError(f"checkpoint_every must be at least 0 s, but got {checkpoint_every!r}.")
     given = {
         "params": params, "space": space, "hparams": hparams, "optimizer": optimizer,
         "inner_batch": inner_batch, "outer_batch": outer_batch,
@@ -154,7 +157,7 @@ def _drive(
     watchers: Sequence[Callback],
     stored: Callable[[], dict[str, Any]],
     checkpoint: str | os.PathLike[str] | None,
-    every: int,
+    every: float,
 ) -> None:
     """Take outer steps until the run is finished."""
     with ExitStack() as ending:
@@ -165,13 +168,15 @@ def _drive(
         try:
             for watcher in watchers:
                 watcher.on_start(run)
+            written = time.monotonic()
             while run.status is RunStatus.RUNNING:
                 before = run.outer_steps
                 run.advance()
                 if run.outer_steps > before:
                     _notify(run, watchers)
-                    if checkpoint is not None and run.outer_steps % every == 0:
+                    if checkpoint is not None and time.monotonic() - written >= every:
                         save(checkpoint, stored())
+                        written = time.monotonic()
         except KeyboardInterrupt:
             if run.status is RunStatus.RUNNING:
                 run.stop(RunStatus.INTERRUPTED, "interrupted")

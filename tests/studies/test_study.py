@@ -186,7 +186,7 @@ def test_bad_arguments(options: dict[str, Any], message: str, tmp_path: Path) ->
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from tests.studies.test_study_tmp import study, SMALL
+from tests.studies.test_study import study, SMALL
 from studies.events import Rung
 def slow(event):
     if isinstance(event, Rung):
