@@ -6,6 +6,9 @@ import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor, nn
+
+from adapters.functional import copy_module
 from adapters.tasks import Task
 from bilevel.checks import did_you_mean
 
@@ -51,11 +54,12 @@ def resolve(needs: Iterable[str], task: Task, seed: int) -> dict[str, Any]:
         key = (name, task.fingerprint, seed)
         if key not in _made:
             _made[key] = _frozen(_makers[name](task, seed))
-        found[name] = copy.deepcopy(_made[key])
+        made = _made[key]
+        found[name] = copy_module(made) if isinstance(made, nn.Module) else copy.deepcopy(made)
     return found
 
 
 def _frozen(artifact: Any) -> Any:
-    if hasattr(artifact, "requires_grad_"):
+    if isinstance(artifact, nn.Module | Tensor):
         artifact.requires_grad_(False)
-    return artifact.eval() if hasattr(artifact, "eval") else artifact
+    return artifact.eval() if isinstance(artifact, nn.Module) else artifact

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -10,9 +11,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Functional"]
+__all__ = ["Functional", "copy_module"]
 
 Out = TypeVar("Out")
+
+
+def copy_module(model: nn.Module) -> nn.Module:
+    """Return a deep copy that shares nothing, not even the classes of parametrized modules.
+
+    `copy.deepcopy` shares those, and merging a parametrization of the copy would then take the
+    parametrized tensor away from the original.
+    """
+    clone = copy.deepcopy(model)
+    for module in clone.modules():
+        if parametrize.is_parametrized(module):
+            shared = type(module)
+            members = {
+                k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")
+            }
+            module.__class__ = type(shared.__name__, shared.__bases__, members)
+    return clone
 
 
 class _Run(nn.Module):
@@ -34,6 +52,7 @@ class Functional:
 
     Attributes:
         trained: the model's own tensors that are replaced, by name.
+        frozen: its other parameters.
         buffers: its live buffers by name.
 
     Args:
@@ -49,6 +68,7 @@ class Functional:
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         # Sorted, as optree sorts: names and the flat vector of their tensors go in one order.
         self.trained = dict(sorted(trained.items()))
+        self.frozen = {n: p for n, p in model.named_parameters() if n not in trained}
         self.buffers = dict(model.named_buffers())
         if not self.trained:
             raise ValueError(
@@ -62,8 +82,7 @@ class Functional:
     @property
     def constants(self) -> dict[str, Tensor]:
         """Live frozen parameters and buffers by name."""
-        frozen = {n: p for n, p in self.model.named_parameters() if n not in self.trained}
-        return frozen | self.buffers
+        return self.frozen | self.buffers
 
     def __call__(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from adapters.tasks import Task
+from bilevel.checks import did_you_mean
 from bilevel.metrics import Metrics
 from bilevel.space import Space
 
@@ -24,6 +25,9 @@ class Learner(ABC):
 
     Args:
         space: the class's space with other owners or ranges.
+
+    Raises:
+        ValueError: a space with other names.
     """
 
     name: ClassVar[str]
@@ -37,8 +41,15 @@ class Learner(ABC):
         for name in space:
             if name not in self.space:
                 raise ValueError(
-                    f"space: {self.name} has no hyperparameter {name!r}; it has {list(self.space)}."
+                    f"space: {self.name} has no hyperparameter {name!r}; "
+                    f"{did_you_mean(name, self.space)}"
                 )
+        missing = [name for name in self.space if name not in space]
+        if missing:
+            raise ValueError(
+                f"space: {self.name} also needs {', '.join(missing)}; start from {self.name}'s own "
+                "space, and fix what nobody should move with space.fix(name=value)."
+            )
         self.space = space
 
     @abstractmethod

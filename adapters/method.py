@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -93,8 +93,8 @@ class Method:
                 return -((1 - log_p.exp()) ** hparams["gamma"] * log_p).mean()
 
     `loss`, `penalty`, `detached`, `predict`, `measure` and `outer_loss` are pure: they change
-    nothing, read only their arguments, `memory` and constants, and draw random numbers from
-    ``batch["seed"]`` alone.  Then every estimator can differentiate through training.
+    nothing and read only their arguments, `memory` and constants.  The default random generators
+    are seeded from the batch around them.  So every estimator can differentiate through training.
     `hparams` holds all active hyperparameters: tensors where the gradient owns them, plain
     values elsewhere.
 
@@ -105,7 +105,8 @@ class Method:
         needs: frozen artifacts, see `adapters.artifacts`.
         phases: names of the phases in order.
         scopes: name of a hyperparameter -> the first phase that it changes, for those that
-            do not act from the start.  A finished earlier phase can then be used again.
+            do not act from the start.  A finished earlier phase can then be used again.  The
+            gradient can own only what reaches the losses of the phase that is tuned.
         task_type: what kind of task it takes.
         roles: roles of metrics that are not plain values.
         setting: what the method runs on; there from `network` on.
@@ -144,8 +145,8 @@ class Method:
         """
         return {}
 
-    def unused(self) -> tuple[str, ...]:
-        """Return hyperparameters without effect on this task; the gradient leaves them fixed."""
+    def idle(self) -> Collection[str]:
+        """Names that do nothing on this task; nobody owns them in this run."""
         return ()
 
     def optimizer(self, hyper: Callable[[str], Value]) -> Optimizer:

@@ -1,23 +1,27 @@
 """The plain learner: a multilayer perceptron with every usual regularizer in its space.
 
-    min_w  CE(net(augment(x); dropout), smooth(y)) + ½ Σ_l λ_l ‖W_l‖² + ½ Σ_i μ_i w_i²
+    min_w  mean_b Σ_k s_bk ℓ_q(p_bk)  +  ½ Σ_l λ_l ‖W_l‖²  +  ½ Σ_i μ_i w_i²
 
-by stochastic gradients with momentum, or Adam.  All weights are trained, nothing is frozen.
-Everything but the architecture and the kind of optimizer is smooth, so that it can be tuned by
-hypergradients.
+    p = softmax(net(augment(x); dropout)),   s = (1 − ε) onehot(y) + ε/K,   ℓ_q(p) = (1 − p^q)/q
+
+by stochastic gradients with momentum, or Adam.  ℓ_q is cross entropy for q → 0 and absolute error
+at q = 1, which wrong labels harm less.  All weights are trained, nothing is frozen.  Everything
+but the architecture and the kind of optimizer is smooth, so that it can be tuned by
+hypergradients; learning rate and momentum belong to the sampler at first, because they do not
+change where training ends up and only unrolled hypergradients see them.
 
 Sources: Srivastava et al., JMLR 2014, section 10 (multiplicative Gaussian dropout); Szegedy et
-al., CVPR 2016, section 7 (label smoothing).
+al., CVPR 2016, section 7 (label smoothing); Zhang and Sabuncu, NeurIPS 2018, equation 6
+(generalized cross entropy ℓ_q).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from adapters.method import Batch, Method
 from adapters.networks import MLP
@@ -30,7 +34,7 @@ __all__ = ["Network"]
 
 
 class Network(Method):
-    """Perceptron with decay per layer and per weight, dropout, label smoothing, augmentation."""
+    """Perceptron with decay per layer and per weight, dropout, augmentation and robust losses."""
 
     name = "network"
     space = Space(
@@ -45,22 +49,18 @@ class Network(Method):
         input_dropout=Grad(0.02, low=0.0, high=0.5, doc="dropout rate of the input; smooth"),
         dropout=Grad(0.05, low=0.0, high=0.5, doc="dropout rate, one per hidden layer; smooth"),
         label_smoothing=Grad(
-            0.02, low=0.0, high=0.5, doc="share of a label spread over all classes; smooth"
+            0.02, low=0.0, high=0.5, doc="share ε of a label spread over all classes; smooth"
         ),
-        noise=Grad(
-            0.02, low=0.0, high=0.3, doc="augmentation: std of Gaussian input noise; smooth"
+        robustness=Grad(
+            0.05, low=0.0, high=1.0, doc="q of the loss: 0 cross entropy, 1 absolute error; smooth"
         ),
-        shift=Grad(
-            0.05,
-            low=0.0,
-            high=1.0,
-            doc="augmentation: largest shift of an image in pixels; smooth almost everywhere",
-        ),
+        input_noise=Grad(0.02, low=0.0, high=0.3, doc="standard deviation of input noise; smooth"),
+        shift=Grad(0.05, low=0.0, high=1.0, doc="largest shift of an image in pixels; smooth a.e."),
         width=Int(16, 256, log=True, default=64, doc="units of a hidden layer"),
         depth=Int(1, 3, default=2, doc="hidden layers"),
         activation=Choice("relu", "tanh", "silu", default="relu", doc="hidden activation"),
         optimizer=Choice("sgd", "adam", default="sgd", doc="SGD with momentum, or Adam"),
-    )
+    ).own(lr="sampler", momentum="sampler")
 
     def network(self) -> nn.Module:
         """Build the perceptron of the chosen width, depth and activation."""
@@ -74,10 +74,6 @@ class Network(Method):
             activation=constants["activation"],
         )
 
-    def unused(self) -> tuple[str, ...]:
-        """Only images can be shifted."""
-        return () if self.setting.task.is_image else ("shift",)
-
     def shapes(self, model: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """One value per layer, hidden layer and weight."""
         layers = _layers(model)
@@ -87,56 +83,67 @@ class Network(Method):
             "weight_decay": (sum(layer.weight.numel() for layer in layers),),
         }
 
+    def idle(self) -> Collection[str]:
+        """Only images can be shifted."""
+        return () if self.setting.task.is_image else ("shift",)
+
     def optimizer(self, hyper: Callable[[str], Value]) -> Optimizer:
-        """SGD or Adam with tuned learning rate and momentum."""
+        """SGD or Adam with the space's learning rate and momentum."""
         if self.setting.constants["optimizer"] == "adam":
             # eps well above the usual 1e-8: the hypergradient in float32 needs it.
             return Adam(lr=hyper("lr"), betas=(hyper("momentum"), 0.999), eps=1e-5)
         return SGD(lr=hyper("lr"), momentum=hyper("momentum"))
 
     def loss(self, model: nn.Module, hparams: Mapping[str, Any], batch: Batch) -> Tensor:
-        """Cross entropy with smoothed labels on an augmented batch, with dropout."""
-        x = self._augment(batch["x"], hparams)
-        rates = torch.as_tensor(hparams["dropout"], dtype=x.dtype, device=x.device)
-        rates = rates.expand(len(_layers(model)) - 1)
+        """Generalized cross entropy with smoothed labels on an augmented batch, with dropout."""
+        x = batch["x"]
+        if self.setting.task.is_image:
+            for axis in (2, 3):
+                x = _shifted(x, hparams["shift"], axis)
+        x = x + hparams["input_noise"] * torch.randn_like(x)
+        deviations = _deviations(hparams["input_dropout"], hparams["dropout"], _layers(model), x)
+        log_p = model(x, lambda i, h: _gaussian_dropout(h, deviations[i])).log_softmax(dim=1)
 
-        def drop(i: int, h: Tensor) -> Tensor:
-            return _gaussian_dropout(h, rates[i - 1] if i else hparams["input_dropout"])
-
-        log_p = F.log_softmax(model(x, drop), dim=1)
-        hit = -log_p.gather(1, batch["y"][:, None]).mean()
-        share = hparams["label_smoothing"]
-        loss: Tensor = (1 - share) * hit - share * log_p.mean()
+        q, share = hparams["robustness"], hparams["label_smoothing"]
+        costs = -torch.expm1(q * log_p) / q if _is_tuned_or_positive(q) else -log_p
+        hit = costs.gather(1, batch["y"][:, None]).mean()
+        loss: Tensor = (1 - share) * hit + share * costs.mean()
         return loss
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
         """½ Σ_l λ_l ‖W_l‖² + ½ Σ_i μ_i w_i² over the weight matrices; biases are free."""
         layers = _layers(model)
         squares = [layer.weight.square().flatten() for layer in layers]
-        all_squares = torch.cat(squares)
-        decay = torch.as_tensor(hparams["layer_decay"]).to(all_squares).expand(len(layers))
+        every_square = torch.cat(squares)
+        decay = torch.as_tensor(hparams["layer_decay"]).to(every_square).expand(len(layers))
         per_layer = torch.dot(decay, torch.stack([s.sum() for s in squares]))
-        fine = torch.as_tensor(hparams["weight_decay"]).to(all_squares)
-        return 0.5 * (per_layer + torch.dot(fine.expand_as(all_squares), all_squares))
-
-    def _augment(self, x: Tensor, hparams: Mapping[str, Any]) -> Tensor:
-        if self.setting.task.is_image:
-            for axis in (2, 3):
-                x = _shifted(x, hparams["shift"], axis)
-        noisy: Tensor = x + hparams["noise"] * torch.randn_like(x)
-        return noisy
+        fine = torch.as_tensor(hparams["weight_decay"]).to(every_square)
+        return 0.5 * (per_layer + torch.dot(fine.expand_as(every_square), every_square))
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
     return list(cast(MLP, model).layers)  # type: ignore[arg-type]
 
 
-def _gaussian_dropout(h: Tensor, rate: float | Tensor) -> Tensor:
-    """h ⊙ (1 + √(p/(1−p)) ε): mean and variance of dropout at rate p, and smooth in p."""
-    ratio = torch.as_tensor(rate, dtype=h.dtype, device=h.device)
-    ratio = ratio / (1 - ratio)
-    # The derivative of the root at p = 0 is infinite; a rate of 1e-12 is none.
-    return h * (1 + (ratio + 1e-12).sqrt() * torch.randn_like(h))
+def _is_tuned_or_positive(value: float | Tensor) -> bool:
+    """Whether a value may stand in a denominator: a tuned one is strictly positive."""
+    return isinstance(value, Tensor) or value > 0
+
+
+def _deviations(
+    first: float | Tensor, hidden: float | Tensor, layers: list[nn.Linear], like: Tensor
+) -> tuple[Tensor, ...]:
+    """Return √(p/(1 − p)) of the input of each layer."""
+    rates = [
+        torch.as_tensor(rate, dtype=like.dtype, device=like.device) for rate in (first, hidden)
+    ]
+    p = torch.cat([rates[0].reshape(1), rates[1].expand(len(layers) - 1)])
+    return (p / (1 - p)).sqrt().unbind()
+
+
+def _gaussian_dropout(h: Tensor, deviation: Tensor) -> Tensor:
+    """h ⊙ (1 + √(p/(1 − p)) ε): mean and variance of dropout at rate p, and smooth in p."""
+    return torch.addcmul(h, h, deviation * torch.randn_like(h))
 
 
 def _shifted(x: Tensor, strength: float | Tensor, axis: int) -> Tensor:
@@ -146,6 +153,5 @@ def _shifted(x: Tensor, strength: float | Tensor, axis: int) -> Tensor:
     """
     shape = (len(x), *(1,) * (x.dim() - 1))
     u = 2 * torch.rand(shape, dtype=x.dtype, device=x.device) - 1
-    amount = u.abs() * strength
     neighbor = torch.where(u > 0, x.roll(1, axis), x.roll(-1, axis))
-    return (1 - amount) * x + amount * neighbor
+    return torch.lerp(x, neighbor, u.abs() * strength)

@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import math
 import time
 from collections.abc import Mapping
-from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from adapters import artifacts
-from adapters.functional import Functional
+from adapters.assembly import assemble, derive_seed
+from adapters.functional import copy_module
 from adapters.learner import Learner
-from adapters.method import Batch, Method, Setting
-from adapters.method import State as MethodState
+from adapters.level import Level
+from adapters.method import Method, State
+from adapters.phases import PhaseCache, check_scopes, later_names, phase_key
 from adapters.stream import Stream
 from adapters.tasks import Task
-from adapters.updates import edited
+from bilevel import checkpoint
+from bilevel.checks import integer
+from bilevel.describe import describe, differences
 from bilevel.metrics import Cost, Metrics, RunStatus
 from bilevel.space import Space
-from hypergrad import Problem, TwoViewLoss, seeded
-from hypergrad.attention import math_attention
-from hypergrad.optimizers import Hyper, Optimizer, State, Value, Values
-from hypergrad.optimizers.flat import flatten, unflatten
-from hypergrad.optimizers.values import constants
+from hypergrad import Problem, seeded
+from hypergrad.optimizers import Optimizer
+from hypergrad.optimizers import State as OptimizerState
 from hypergrad.training import is_finite
-from hypergrad.tree import trainable_leaves, zeros_for_none
 
 __all__ = ["Trainer"]
 
@@ -44,32 +41,41 @@ class Trainer(Learner):
     method's update rule to one flat vector of all trained tensors: the same numbers, bit for
     bit, as the forward pass of `hypergrad.Unrolled` on `problem`.
 
-    The losses of `problem` are pure: their random draws come from ``batch["seed"]``, and
-    BatchNorm statistics that they would change stay as they are.  Steps update those
-    statistics; weights that an estimator trained (`adopt`) get them from the same batches.
+    The losses of `problem` are pure, see `adapters.objective.Objective`.  BatchNorm statistics
+    are moved by steps only; weights that an estimator trained (`adopt`) get them from the
+    batches that it trained on.
 
-    A loss, gradient or weight that is not finite ends the run: the status is DIVERGED, weights
-    and statistics are those before the step, and further steps change nothing.
+    A loss, gradient or weight that is not finite ends the run: the status is DIVERGED, the
+    weights are the last ones at which the training loss was finite, and further steps change
+    nothing.
 
     Attributes:
         method_type: the method; subclasses made by `Trainer.of` set it.
-        method: the method of this run; there after `setup`.
 
     Args:
         space: the method's space with other owners or ranges.
         horizon: steps that the knots of a scheduled hyperparameter span; it keeps its last
             value afterwards.
+        phase_cache: where finished phases are kept and looked up, a dict that several learners
+            share.  A run then starts behind the phases that it has in common with an earlier
+            one, as long as nothing moved the hyperparameters in them.
+
+    Raises:
+        ValueError: a space of another method, or a horizon that is not positive.
     """
 
     method_type: ClassVar[type[Method]]
 
-    method: Method
-
-    def __init__(self, space: Space | None = None, *, horizon: int | None = None) -> None:
+    def __init__(
+        self,
+        space: Space | None = None,
+        *,
+        horizon: int | None = None,
+        phase_cache: PhaseCache | None = None,
+    ) -> None:
         super().__init__(space)
-        if horizon is not None and horizon < 1:
-            raise ValueError(f"horizon must be at least 1, but got {horizon}.")
-        self._horizon = horizon
+        self._horizon = None if horizon is None else integer("horizon", horizon, minimum=1)
+        self._phase_cache = phase_cache
         self._declared = self.space
         self._ready = False
 
@@ -79,12 +85,14 @@ class Trainer(Learner):
 
         Raises:
             TypeError: the method has no name, space or docstring.
+            ValueError: its scopes do not fit its space and phases.
         """
         for needed in ("name", "space"):
             if not hasattr(method, needed):
                 raise TypeError(f"{method.__name__} must have a {needed}; see adapters.Method.")
         if not method.__doc__:
             raise TypeError(f"{method.__name__} needs a docstring: its first line is shown.")
+        check_scopes(method)
         members = {
             "method_type": method,
             "name": method.name,
@@ -106,98 +114,83 @@ class Trainer(Learner):
                 f"{self.name} needs a task of type {kind.__name__}, but {task.name!r} is a "
                 f"{type(task).__name__}."
             )
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be a non-negative integer, but got {seed!r}.")
-        values = self._declared.validate(hparams, dtype=task.dtype, device=task.device)
-        scheduled = [n for n in values if getattr(self._declared[n], "schedule", None)]
-        if scheduled and self._horizon is None:
-            raise ValueError(f"{scheduled[0]} has a schedule, so {self.name} needs a horizon.")
-        self._task, self._seed = task, seed
-        self.method = self.method_type()
-        self.method.memory = {}
-        resolved = artifacts.resolve(self.needs, task, seed)
-        self.method.setting = Setting(task, values, resolved, seed)
-        unused = [name for name in self.method.unused() if name in self._declared.grad]
-        self.space = self._declared.own(**dict.fromkeys(unused, "fixed"))
-        moving = [name for name in self.space.grad if name in values]
-        kept = {name: value for name, value in values.items() if name not in moving}
-        self.method.setting = Setting(task, kept, resolved, seed)
-        with seeded(_derive(seed, "weights"), [task.device]):
-            self._model = self.method.network().to(task.device, task.dtype)
-            self.method.attach(self._model)
-        shapes = self.method.shapes(self._model)
-        wide = {n: tuple(s) for n, s in shapes.items() if n in moving}
-        self.space = self.space.reshape(**wide)
-        self._hparams = {
-            name: values[name].expand(wide.get(name, values[name].shape)).clone() for name in moving
-        }
-        self._step, self._phase_index = 0, 0
-        self._status = RunStatus.RUNNING
-        self._outer_stream = Stream(task.split("val"), _derive(seed, "outer"))
-        self._start_phase()
+        self._ready = False
+        self._task, self._given = task, dict(hparams)
+        self._seed = integer("seed", seed, minimum=0)
+        self._outer_stream = Stream(task.split("val"), derive_seed(seed, "outer"))
+        self._status, self._moved = RunStatus.RUNNING, False
+        self._assemble()
         self._ready = True
+        if self._phase_cache:
+            self._skip_phases(self._phase_cache)
+
+    def _assemble(self) -> None:
+        """Start at the first phase with the initial weights and values."""
+        self._assembly = assemble(
+            self.method_type, self._declared, self._task, self._given, self._seed
+        )
+        self.space = self._assembly.space
+        self._hparams = dict(self._assembly.hparams)
+        if self._assembly.schedules and self._horizon is None:
+            raise ValueError(
+                f"{', '.join(self._assembly.schedules)} has a schedule, so {self.name} needs a "
+                "horizon: the number of steps that its knots span."
+            )
+        self._phase_index, self._step = 0, 0
+        self._start_phase()
 
     def _start_phase(self) -> None:
         """Collect what the current phase trains, and start its data and its optimizer."""
-        self._functional = Functional(self._model, self.method.set_mode)
-        self._leaves = trainable_leaves(self._functional.trained)
-        self._flat = flatten(self._leaves.tensors)
-        self._stream = Stream(self.method.pool(self._phase), _derive(self._seed, self._phase))
-        rule = self.method.optimizer(self._hyper)
-        names = list(self._functional.trained)
-        self._optimizer = edited(rule, self.method, self._leaves, names)
-        self._optimizer_state: State = self._optimizer.init(self._flat)
-        self._values: Values | None = None
-        self._resolved  # noqa: B018  (refuses bad values at once)
-        inner = self._inner_views if self._has_detached else self._inner_loss
-        self._problem = Problem(cast(Any, inner), self._outer_loss)
-
-    def _hyper(self, name: str) -> Value:
-        """Return what an optimizer field takes for a hyperparameter."""
-        if name in self._hparams:
-            domain = self.space[name]
-            if getattr(domain, "schedule", None) is not None:
-                raise ValueError(
-                    f"{name} has schedule={domain.schedule}, but optimizer hyperparameters are "  # type: ignore[attr-defined]
-                    "constant inside a step; let the outer loop move it instead."
-                )
-            return Hyper(name)
-        return self.method.setting.constants[name]
+        self._level = Level(self._assembly, self._horizon, self._step)
+        self._flat = self._level.initial
+        self._good: Tensor | None = None
+        self._optimizer_state: OptimizerState = self.optimizer.init(self._flat)
+        self._values = self._level.resolve(self._hparams)
+        self._stream = Stream(self.method.pool(self.phase), derive_seed(self._seed, self.phase))
+        self._drawn: list[dict[str, Any]] = []
 
     @property
-    def _phase(self) -> str:
+    def method(self) -> Method:
+        """The method of this run; there after `setup`."""
+        return self._assembly.method
+
+    @property
+    def phase(self) -> str:
+        """Name of the current phase."""
         return self.phases[self._phase_index]
-
-    @property
-    def _has_detached(self) -> bool:
-        return type(self.method).detached is not Method.detached
 
     # The inner level.
 
     @property
     def problem(self) -> Problem:
         """The pure losses; hparams are the gradient-owned values by name."""
-        return self._problem
+        return self._level.objective.problem
 
     @property
     def params(self) -> dict[str, Tensor]:
         """Trained tensors by name."""
-        return cast(dict[str, Tensor], self._tree(self._flat))
+        named = self._level.named(self._flat)
+        return {name: value.detach().requires_grad_() for name, value in named.items()}
+
+    @property
+    def frozen(self) -> dict[str, Tensor]:
+        """Parameters that the current phase does not train, by name."""
+        return {n: p.detach() for n, p in self._level.objective.functional.frozen.items()}
 
     @property
     def optimizer(self) -> Optimizer:
         """The update rule of the current phase."""
-        return self._optimizer
+        return self._level.optimizer
 
     @property
-    def optimizer_state(self) -> State:
+    def optimizer_state(self) -> OptimizerState:
         """State of the update rule at the current weights."""
         return self._optimizer_state
 
     @property
     def hparams(self) -> dict[str, Tensor]:
         """Gradient-owned values."""
-        return dict(self._hparams)
+        return {name: value.detach().requires_grad_() for name, value in self._hparams.items()}
 
     @property
     def status(self) -> RunStatus:
@@ -208,7 +201,8 @@ class Trainer(Learner):
         """Replace gradient-owned values.
 
         Raises:
-            ValueError: a name that the gradient does not own, or another shape.
+            ValueError: a name that the gradient does not own, another shape, or a number that
+                is not finite.
         """
         for name, value in values.items():
             if name not in self._hparams:
@@ -221,8 +215,11 @@ class Trainer(Learner):
                 raise ValueError(
                     f"{name} must have shape {tuple(now.shape)}, but got {tuple(value.shape)}."
                 )
-            self._hparams[name] = value.detach().to(now).clone()
-        self._values = None
+            if not is_finite(value.detach()):
+                raise ValueError(f"{name} must be finite, but got {value.detach()}.")
+        self._hparams |= {n: v.detach().to(self._hparams[n]).clone() for n, v in values.items()}
+        self._values = self._level.resolve(self._hparams)
+        self._moved = True
 
     def inner_batches(self, count: int) -> list[dict[str, Any]]:
         """Draw the next training batches."""
@@ -234,22 +231,30 @@ class Trainer(Learner):
         split = self._task.split("val")
         rows = len(split["x"])
         if rows > EVALUATION_ROWS:
-            batch = self._outer_stream.draw(EVALUATION_ROWS)
-        else:
-            batch = {**split, "index": torch.arange(rows, device=self._task.device), "seed": 0}
-        return {**batch, "step": self._step, "phase": self._phase}
+            return self._now(self._outer_stream.draw(EVALUATION_ROWS))
+        return self._now({**split, "index": torch.arange(rows, device=self._task.device)})
 
-    def adopt(self, params: Mapping[str, Tensor], optimizer_state: State, steps: int) -> None:
-        """Take over weights that an estimator trained on the last drawn batches."""
-        leaves = trainable_leaves(dict(params))
-        if leaves.names != self._leaves.names:
-            raise ValueError(f"params must hold {self._leaves.names}, but got {leaves.names}.")
-        self._flat, self._optimizer_state = flatten(leaves.tensors), optimizer_state
-        self._step += steps
-        if steps and any(True for _ in self._model.buffers()):
+    def adopt(
+        self, params: Mapping[str, Tensor], optimizer_state: OptimizerState, steps: int
+    ) -> None:
+        """Take over weights that an estimator trained for `steps` steps on the last drawn batches.
+
+        Hooks of the method that were due in between run once, now.
+
+        Raises:
+            ValueError: other names or shapes than `params` has, or another optimizer's state.
+        """
+        flat = self._level.pack(params)
+        self.optimizer.check_state(optimizer_state, flat)
+        self._flat, self._optimizer_state, self._good = flat, dict(optimizer_state), None
+        self._moved = True
+        if steps and self._level.objective.functional.buffers:
             with torch.no_grad():
                 for batch in self._drawn[-steps:]:
-                    self._loss(self._tree(self._flat), self._hparams, batch, live=True)
+                    self._level.objective.training_loss(
+                        self.params, self._hparams, batch, live=True
+                    )
+        self._advance(steps)
 
     # Training.
 
@@ -259,246 +264,194 @@ class Trainer(Learner):
         began = time.perf_counter()
         if self._status.finished:
             return Metrics({"loss": math.nan}, status=self._status)
-        batch = self._draw(self._step)
-        buffers = {n: b.clone() for n, b in self._model.named_buffers()}
-        loss, after = self._update(batch)
-        if after is None:
-            self._status = RunStatus.DIVERGED
-            for name, buffer in self._model.named_buffers():
-                buffer.copy_(buffers[name])
+        phase, live = self._phase_index, self._level.objective.functional.buffers
+        before = {name: buffer.clone() for name, buffer in live.items()}
+        loss, after = self._level.update(
+            self._flat,
+            self._optimizer_state,
+            self._hparams,
+            self._values,
+            self._draw(self._step),
+        )
+        if after is not None:
+            self._good, (self._flat, self._optimizer_state) = self._flat, after
+            self._advance(1)
         else:
-            self._flat, self._optimizer_state = after
-            self._step += 1
-            self._hooks()
+            self._status = RunStatus.DIVERGED
+            for name, buffer in live.items():
+                buffer.copy_(before[name])
+            if not math.isfinite(loss) and self._good is not None:
+                self._flat = self._good
+        entries = {"loss": loss}
+        if len(self.phases) > 1:
+            entries["phase_done"] = float(self._phase_index > phase)
         return Metrics(
-            {"loss": loss},
+            entries,
+            roles={"phase_done": "diagnostic"},
             status=self._status,
             cost=Cost(steps=1, gradients=1, seconds=time.perf_counter() - began),
         )
 
-    def _update(self, batch: Batch) -> tuple[float, tuple[Tensor, State] | None]:
-        """Return the loss and the next weights and optimizer state; None where not finite."""
-        views = [v.requires_grad_() for v in unflatten(self._flat, self._leaves.tensors)]
-        with torch.enable_grad(), math_attention():
-            loss = self._loss(self._leaves.rebuild(views), self._hparams, batch, live=True)
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                return value, None
-            found = torch.autograd.grad(loss, views, allow_unused=True)
-        grad = flatten(zeros_for_none(found, views))
-        with torch.no_grad():
-            flat, state = self._optimizer.update(
-                self._flat, grad, self._optimizer_state, self._resolved
-            )
-        return value, (flat, state) if is_finite(flat) else None
-
-    @property
-    def _resolved(self) -> Values:
-        """Values of the optimizer's hyperparameters, looked up when they change."""
-        if self._values is None:
-            given = {n: v.detach().requires_grad_() for n, v in self._hparams.items()}
-            self._values = constants(self._optimizer.resolve(given, self._leaves))
-        return self._values
-
-    def _hooks(self) -> None:
-        """Call what the method does after a step, and move on to the next phase."""
-        method = self.method
-        due = [h for h, interval in self._periodic() if self._step % interval == 0]
-        edits = type(method).after_step is not Method.after_step or due
-        last = self._phase_index == len(self.phases) - 1
-        if not edits and last:
+    def _advance(self, steps: int) -> None:
+        """Count steps, call the method's hooks, and move on to the next phase."""
+        before, self._step = self._step, self._step + steps
+        method, last = self.method, self._phase_index == len(self.phases) - 1
+        due = [h for h, n in self._assembly.periodic if self._step // n > before // n]
+        each = type(method).after_step is not Method.after_step
+        if not steps or not (due or each or not last):
             return
-        state = self._method_state()
+        state = self._editable()
         with torch.no_grad():
             method.after_step(state)
             for hook in due:
                 hook(state)
+        self._optimizer_state = state.optimizer
         if not last and method.done(state):
-            self._next_phase(state)
+            if self._phase_cache is not None and not self._moved:
+                self._phase_cache[self._key(self.phase)] = self.state_dict()
+            self._begin_phase(self._phase_index + 1)
 
-    def _periodic(self) -> list[tuple[Any, int]]:
-        """Hooks decorated by `every`, with their intervals in steps."""
-        found = []
-        for attribute in dir(type(self.method)):
-            interval = getattr(getattr(type(self.method), attribute), "interval", None)
-            if interval is not None:
-                steps = interval if isinstance(interval, int) else self._all_values()[interval]
-                found.append((getattr(self.method, attribute), int(steps)))
-        return found
-
-    def _method_state(self) -> MethodState:
-        views = dict(
-            zip(
-                self._functional.trained,
-                unflatten(self._flat, self._leaves.tensors),
-                strict=True,
-            )
-        )
-        return MethodState(
-            self._model,
-            views,
-            self._optimizer_state,
-            self._all_values(),
+    def _editable(self) -> State:
+        """Return the moving part for hooks to edit; nobody else holds its tensors."""
+        self._flat = self._flat.clone()
+        return State(
+            self._assembly.model,
+            self._level.named(self._flat),
+            checkpoint.copy(self._optimizer_state),
+            self._level.objective.values(self._hparams, self._step),
             self._step,
-            self._phase,
+            self.phase,
         )
 
-    def _next_phase(self, state: MethodState) -> None:
-        self._functional.write(cast(dict[str, Tensor], self._tree(self._flat)))
-        self._phase_index += 1
-        self.method.begin(self._phase, state)
+    # Phases.
+
+    def _begin_phase(self, index: int) -> None:
+        self._level.objective.functional.write(self._level.named(self._flat))
+        self._phase_index = index
+        with seeded(derive_seed(self._seed, f"begin {self.phase}"), [self._task.device]):
+            self.method.begin(self.phase, self._editable())
         self._start_phase()
 
-    # Losses.
+    def _key(self, phase: str) -> str:
+        values = self._level.objective.values(self._hparams, self._step)
+        return phase_key(self.method_type, self._task, self._seed, values, phase)
 
-    def _inner_loss(self, params: Any, hparams: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        return self._loss(params, hparams, batch, live=False)
-
-    @property
-    def _inner_views(self) -> TwoViewLoss:
-        """The inner loss whose detached quantities come from a second view of the weights."""
-
-        def loss(moving: Any, frozen: Any, hparams: Mapping[str, Tensor], batch: Batch) -> Tensor:
-            return self._loss(moving, hparams, batch, live=False, frozen=frozen)
-
-        return TwoViewLoss(loss)
-
-    def _loss(
-        self,
-        params: Any,
-        hparams: Mapping[str, Tensor],
-        batch: Batch,
-        *,
-        live: bool,
-        frozen: Any = None,
-    ) -> Tensor:
-        values = self._at(hparams, batch)
-        call = partial(self._functional, training=True)
-        with seeded(batch["seed"], [self._task.device]):
-            if self._has_detached:
-                if frozen is None:
-                    with torch.no_grad():
-                        extra = call(self.method.detached, params, values, batch)
-                else:
-                    extra = call(self.method.detached, frozen, values, batch)
-                batch = {**batch, **extra}
-            return call(self._objective, params, values, batch, live=live)
-
-    def _objective(self, model: nn.Module, values: Mapping[str, Any], batch: Batch) -> Tensor:
-        loss = self.method.loss(model, values, batch)
-        penalty = self.method.penalty(model, values)
-        return loss if penalty is None else loss + penalty
-
-    def _outer_loss(self, params: Any, hparams: Mapping[str, Tensor], batch: Batch) -> Tensor:
-        with seeded(batch["seed"], [self._task.device]):
-            return self._functional(
-                self.method.outer_loss, params, self._at(hparams, batch), batch, training=False
-            )
-
-    def _at(self, hparams: Mapping[str, Tensor], batch: Batch) -> dict[str, Any]:
-        values = {**self.method.setting.constants, **hparams}
-        if self._horizon is None:
-            return values
-        return self.space.at(values, min(1.0, batch["step"] / self._horizon))
-
-    def _all_values(self) -> dict[str, Any]:
-        return self._at(self._hparams, {"step": self._step})
+    def _skip_phases(self, cache: PhaseCache) -> None:
+        """Start behind the last phase that an earlier run has finished in the same way."""
+        for index in reversed(range(len(self.phases) - 1)):
+            saved = cache.get(self._key(self.phases[index]))
+            if saved is not None:
+                later = later_names(self.method_type, self.phases[index])
+                mine = {n: v for n, v in self._hparams.items() if n in later}
+                self._restore({**saved, "hparams": {**saved["hparams"], **mine}})
+                self._begin_phase(index + 1)
+                return
 
     # Looking.
 
     def evaluate(self, split: str) -> Metrics:
         """See `Learner.evaluate`: means of the method's metrics over all samples of a split."""
         self._check_ready()
+        began = time.perf_counter()
         data = self._task.split(split)
         rows = len(data["x"])
         totals: dict[str, float] = {}
-        params, values = self._tree(self._flat), self._all_values()
-        with torch.no_grad(), seeded(0, [self._task.device]):
-            for start in range(0, rows, EVALUATION_ROWS):
-                index = torch.arange(start, min(start + EVALUATION_ROWS, rows))
-                index = index.to(self._task.device)
-                batch = {**{k: v[index] for k, v in data.items()}, "index": index, "seed": 0}
-                batch |= {"step": self._step, "phase": self._phase}
-                measured = self._functional(
-                    self.method.measure, params, values, batch, training=False
-                )
-                for name, each in measured.items():
-                    totals[name] = totals.get(name, 0.0) + float(each.double().sum())
+        for start in range(0, rows, EVALUATION_ROWS):
+            index = torch.arange(start, min(start + EVALUATION_ROWS, rows))
+            index = index.to(self._task.device)
+            batch = self._now({**{k: v[index] for k, v in data.items()}, "index": index})
+            measured = self._level.objective.measure(self.params, self._hparams, batch)
+            for name, each in measured.items():
+                totals[name] = totals.get(name, 0.0) + float(each.double().sum())
         return Metrics(
             {name: total / rows for name, total in totals.items()},
             roles=self.method.roles,
             status=self._status,
+            cost=Cost(seconds=time.perf_counter() - began),
         )
 
     def module(self) -> nn.Module:
         """Return a plain copy of the trained network: merged, pruned, folded as the method says."""
         self._check_ready()
-        self._functional.write(cast(dict[str, Tensor], self._tree(self._flat)))
-        trained = copy.deepcopy(self._model).eval()
-        return self.method.finish(trained, self._all_values())
+        self._level.objective.functional.write(self._level.named(self._flat))
+        trained = copy_module(self._assembly.model).eval()
+        values = self._level.objective.values(self._hparams, self._step)
+        return self.method.finish(trained, values)
 
     # State.
 
     def state_dict(self) -> dict[str, Any]:
         """See `Learner.state_dict`."""
         self._check_ready()
-        return {
+        state: dict[str, Any] = {
+            "run": self._description(),
             "step": self._step,
             "phase": self._phase_index,
             "status": self._status.value,
-            "params": self._flat.clone(),
-            "constants": {n: t.detach().clone() for n, t in self._functional.constants.items()},
-            "optimizer": dict(self._optimizer_state),
-            "hparams": dict(self._hparams),
-            "memory": copy.deepcopy(self.method.memory),
+            "moved": self._moved,
+            "params": self._flat,
+            "good": self._good,
+            "constants": self._level.objective.functional.constants,
+            "optimizer": self._optimizer_state,
+            "hparams": self._hparams,
+            "memory": self.method.memory,
             "inner": self._stream.state_dict(),
             "outer": self._outer_stream.state_dict(),
         }
+        return dict(checkpoint.copy(state))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Learner.load_state_dict`.
 
         Raises:
-            ValueError: the state is that of other weights or hyperparameters.
+            ValueError: the state is of another method, task, seed, space or constant; says which.
         """
         self._check_ready()
-        self.method.memory = copy.deepcopy(dict(state["memory"]))
+        changed = differences(state["run"], self._description(), "run")
+        if changed:
+            raise ValueError("the saved state is of another run:\n  " + "\n  ".join(changed))
+        self._restore(state)
+
+    def _description(self) -> dict[str, Any]:
+        """What must be the same on both sides of a break."""
+        return {
+            "learner": self.name,
+            "task": self._task.fingerprint,
+            "seed": self._seed,
+            "space": self.space.fingerprint,
+            "horizon": self._horizon,
+            "constants": describe(self.method.setting.constants),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        state = checkpoint.copy(dict(state))
+        if self._phase_index or state["phase"]:
+            # Network and optimizer take the form that they have in the saved phase.
+            self._assemble()
+            for index in range(1, state["phase"] + 1):
+                self.method.memory = checkpoint.copy(state["memory"])
+                self._begin_phase(index)
+        self.method.memory = state["memory"]
         self.set_hparams(state["hparams"])
-        self._step = state["step"]
-        if state["phase"] != self._phase_index:
-            self._phase_index = state["phase"]
-            self.method.begin(self._phase, self._method_state())
-            self._start_phase()
-        if state["params"].shape != self._flat.shape:
-            raise ValueError(
-                f"saved params have {state['params'].numel()} numbers, but this network has "
-                f"{self._flat.numel()}; set up with the same task and hyperparameters."
-            )
-        self._flat = state["params"].to(self._flat).clone()
+        self._step, self._moved = state["step"], state["moved"]
+        self._status = RunStatus(state["status"])
+        self._flat, self._good = state["params"].to(self._flat), state["good"]
         with torch.no_grad():
-            for name, tensor in self._functional.constants.items():
+            for name, tensor in self._level.objective.functional.constants.items():
                 tensor.copy_(state["constants"][name])
-        self._optimizer_state = dict(state["optimizer"])
+        self._optimizer_state = state["optimizer"]
         self._stream.load_state_dict(state["inner"])
         self._outer_stream.load_state_dict(state["outer"])
-        self._status = RunStatus(state["status"])
 
     # Helpers.
 
     def _draw(self, step: int) -> dict[str, Any]:
-        batch = self._stream.draw(self.method.batch_size(self._all_values()))
-        return {**batch, "step": step, "phase": self._phase}
+        size = self.method.batch_size(self._level.objective.values(self._hparams, step))
+        return {**self._stream.draw(size), "step": step, "phase": self.phase}
 
-    def _tree(self, flat: Tensor) -> Any:
-        views = [v.detach().requires_grad_() for v in unflatten(flat, self._leaves.tensors)]
-        return self._leaves.rebuild(views)
+    def _now(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"seed": 0, **batch, "step": self._step, "phase": self.phase}
 
     def _check_ready(self) -> None:
         if not self._ready:
             raise RuntimeError(f"{self.name}: call setup(task, hparams, seed=...) first.")
-
-
-def _derive(seed: int, purpose: str) -> int:
-    """Return an independent seed for one purpose of a run."""
-    digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 2

@@ -1,22 +1,20 @@
-"""Update rules on edited gradients: `Method.after_backward` as part of the optimizer."""
+"""Update rules made from update rules: edited gradients and scheduled hyperparameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from hypergrad.optimizers import Optimizer, State, Value, Values
-from hypergrad.optimizers.flat import unflatten
-from hypergrad.tree import Leaves
+from bilevel.coordinates import interpolate
+from bilevel.domains import Grad
+from hypergrad.optimizers import Hyper, Optimizer, State, Value, Values
 
-if TYPE_CHECKING:
-    from adapters.method import Method
-
-__all__ = ["EditedGradient", "edited"]
+__all__ = ["Annealed", "EditedGradient", "Knots"]
 
 
 @dataclass(frozen=True)
@@ -49,22 +47,94 @@ class EditedGradient(Optimizer):
         return self.base.update(flat, self.edit(grad, flat), state, values)
 
 
-def edited(rule: Optimizer, method: Method, leaves: Leaves, names: list[str]) -> Optimizer:
-    """Return the rule with the method's `after_backward` before it, where it has one.
+@dataclass(frozen=True)
+class Knots:
+    """Stands in an optimizer field for a value that follows a schedule; see `Annealed`.
 
-    Args:
-        rule: the method's optimizer.
-        method: edits gradients by name.
-        leaves: the trained tensors, in the order of the flat vector.
-        names: their names.
+    Attributes:
+        domain: a `Grad` with a schedule.
+        values: what an optimizer field takes, for each knot.
     """
-    if type(method).after_backward.__qualname__ == "Method.after_backward":
-        return rule
 
-    def edit(grad: Tensor, flat: Tensor) -> Tensor:
-        grads = dict(zip(names, unflatten(grad, leaves.tensors), strict=True))
-        params = dict(zip(names, unflatten(flat, leaves.tensors), strict=True))
-        after = method.after_backward(grads, params)
-        return torch.cat([after[name].reshape(-1) for name in names])
+    domain: Grad
+    values: tuple[Value, ...]
 
-    return EditedGradient(rule, edit)
+    @classmethod
+    def of(cls, domain: Grad, value: Hyper | Tensor) -> Knots:
+        """Return the knots of a tuned hyperparameter, or of a constant tensor."""
+        count = cast(int, domain.schedule)
+        if isinstance(value, Hyper):
+            return cls(domain, tuple(Hyper(value.name, _Select(i)) for i in range(count)))
+        return cls(domain, tuple(v if v.dim() else v.item() for v in value.unbind()))
+
+    def at(self, given: Sequence[float | Tensor], progress: float) -> float | Tensor:
+        """Interpolate between resolved knots; differentiable."""
+        # By now a knot is one number, or spread over the flat vector.
+        like = next(
+            (k for k in given if isinstance(k, Tensor)), torch.zeros((), dtype=torch.float64)
+        )
+        knots = torch.stack(
+            [torch.as_tensor(knot, dtype=like.dtype, device=like.device) for knot in given]
+        )
+        inside = float(torch.tensor(self.domain.init, dtype=torch.float64).flatten()[0])
+        spread = dataclasses.replace(self.domain, init=inside, shape=tuple(like.shape))
+        value = interpolate(spread, knots, progress)
+        return value.item() if all(isinstance(knot, float) for knot in given) else value
+
+
+@dataclass(frozen=True)
+class _Select:
+    """Selects a knot; a frozen object, so that equal rules compare equal."""
+
+    index: int
+
+    def __call__(self, knots: Tensor) -> Tensor:
+        return knots[self.index]
+
+
+@dataclass(frozen=True)
+class Annealed(Optimizer):
+    """An update rule some of whose fields are `Knots`: step t uses them at t / horizon.
+
+    Hypergradients reach every knot.  The optimizer state counts the steps.
+
+    Attributes:
+        base: the rule.
+        horizon: steps that the knots span; the last one stays in force afterwards.
+        done: steps done before the first one of this rule.
+    """
+
+    base: Optimizer
+    horizon: int
+    done: int = 0
+
+    @property
+    def _scheduled(self) -> dict[str, Knots]:
+        values = self.base.hyperparameters
+        return {key: value for key, value in values.items() if isinstance(value, Knots)}
+
+    @property
+    def hyperparameters(self) -> dict[str, Value]:
+        """Those of the rule, with ``key[i]`` for knot i of a scheduled one."""
+        found = dict(self.base.hyperparameters)
+        for key, knots in self._scheduled.items():
+            del found[key]
+            found |= {f"{key}[{i}]": value for i, value in enumerate(knots.values)}
+        return found
+
+    def init(self, flat: Tensor) -> State:
+        """The state of the rule, and the number of steps done."""
+        return {**self.base.init(flat), "annealed": self.done}
+
+    def update(
+        self, flat: Tensor, grad: Tensor, state: State, values: Values
+    ) -> tuple[Tensor, State]:
+        """See `Optimizer.update`."""
+        progress = min(1.0, state["annealed"] / self.horizon)
+        now = dict(values)
+        for key, knots in self._scheduled.items():
+            given = [now.pop(f"{key}[{i}]") for i in range(len(knots.values))]
+            now[key] = knots.at(given, progress)
+        before = {k: v for k, v in state.items() if k != "annealed"}
+        flat, after = self.base.update(flat, grad, before, now)
+        return flat, {**after, "annealed": state["annealed"] + 1}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from bilevel.metrics import RunStatus
-from bilevel.run import Run
+from bilevel.run import Record, Run
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -20,11 +20,12 @@ class Callback:
     """Called during a run; override what is needed.
 
     `run.stop(status, reason)` ends the run after the current outer step.  A callback whose
-    decisions depend on what it saw keeps that in its state, so that a resumed run decides alike.
+    decisions depend on what it saw reads that from `run.trace` in `on_start`, or keeps it in
+    its state, so that a resumed run decides alike.
     """
 
     def on_start(self, run: Run) -> None:
-        """Before the first outer step of this process."""
+        """Before the first outer step of this call; `run.trace` holds those of earlier ones."""
 
     def on_outer_step(self, run: Run) -> None:
         """After each outer step; `run.trace[-1]` is its record."""
@@ -33,7 +34,7 @@ class Callback:
         """After the last outer step, also where the run was interrupted."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, as plain data."""
+        """Return what a resumed run needs, as plain data; empty where that is nothing."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -41,14 +42,14 @@ class Callback:
 
 
 class EarlyStopping(Callback):
-    """Stop when the outer loss has not improved for some outer steps, and return the best weights.
+    """Stop when the validation loss no longer improves, and return the weights where it was lowest.
 
-    Looks at the validation loss where it is evaluated, so set ``evaluate_every``; without, at
-    the outer loss of the step's batch, and then the last weights are returned.
+    Where `tune` has no ``evaluate_every``, looks at the outer loss of each step's batch instead;
+    then the last weights are returned.
 
     Args:
-        patience: outer steps without improvement.
-        min_delta: least decrease that counts as one.
+        patience: looks in a row without improvement.
+        min_delta: least decrease that counts as improvement.
 
     Raises:
         ValueError: an argument out of its range.
@@ -65,32 +66,30 @@ class EarlyStopping(Callback):
     def on_start(self, run: Run) -> None:
         """See `Callback.on_start`."""
         run.returns_best = run.evaluate_every is not None
+        self._best, self._since = math.inf, 0
+        for record in run.trace:  # of a resumed run
+            self._look(run, record)
 
     def on_outer_step(self, run: Run) -> None:
         """See `Callback.on_outer_step`."""
-        record = run.trace[-1]
-        loss = record["outer_loss"] if run.evaluate_every is None else record["val_loss"]
-        if loss is not None and float(loss) < self._best - self.min_delta:
+        self._look(run, run.trace[-1])
+
+    def _look(self, run: Run, record: Record) -> None:
+        what = "outer_loss" if run.evaluate_every is None else "val_loss"
+        loss = record[what]
+        if loss is None:
+            return
+        if float(loss) < self._best - self.min_delta:
             self._best, self._since = float(loss), 0
             return
         self._since += 1
-        if self._since >= self.patience:
-            run.stop(
-                RunStatus.EARLY_STOPPED,
-                f"no improvement on {self._best:.6g} in {self._since} outer steps",
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """See `Callback.state_dict`."""
-        return {"best": self._best, "since": self._since}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Callback.load_state_dict`."""
-        self._best, self._since = state["best"], state["since"]
+        if self._since >= self.patience and run.status is RunStatus.RUNNING:
+            reason = f"{what} not below {self._best:.6g} in {self._since} looks"
+            run.stop(RunStatus.EARLY_STOPPED, reason)
 
 
 class Progress(Callback):
-    """A progress bar on standard error, with the outer loss and the hypergradient norm."""
+    """A progress bar on standard error, where that is a terminal."""
 
     def __init__(self) -> None:
         self._bar: RichProgress | None = None
@@ -107,7 +106,8 @@ class Progress(Callback):
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            console=Console(stderr=True),
+            console=(console := Console(stderr=True)),
+            disable=not console.is_terminal,
             transient=True,
         )
         self._task = self._bar.add_task("tuning", total=1.0)

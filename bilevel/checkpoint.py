@@ -17,7 +17,7 @@ import optree
 import torch
 from torch import Tensor
 
-__all__ = ["check_writable", "copy", "load", "save"]
+__all__ = ["check_plain", "check_writable", "copy", "load", "save"]
 
 _ATOMS = (bool, int, float, str, bytes, type(None))
 
@@ -33,7 +33,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         TypeError: the tree holds something else; says what and where.
         OSError: the file cannot be written; the earlier file is untouched.
     """
-    _check_plain(tree, "checkpoint")
+    check_plain(tree, "checkpoint")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -56,10 +56,15 @@ def load(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint, or is damaged.
     """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{os.fspath(path)!r} is not a readable checkpoint: {error}") from error
+    problem = f"{os.fspath(path)!r} is not a readable checkpoint"
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError(f"{problem}: its end is missing, or it is another kind of file.")
+        file.seek(0)
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{problem}: {error}") from error
 
 
 def check_writable(path: str | os.PathLike[str], argument: str) -> None:
@@ -89,7 +94,12 @@ def copy(tree: Any) -> Any:
     )
 
 
-def _check_plain(tree: Any, where: str) -> None:
+def check_plain(tree: Any, where: str) -> None:
+    """Check that a tree holds only what a checkpoint can hold.
+
+    Raises:
+        TypeError: naming the first other node.
+    """
     kind = type(tree)
     if kind in _ATOMS or kind is Tensor:
         return
@@ -97,10 +107,10 @@ def _check_plain(tree: Any, where: str) -> None:
         for key, value in tree.items():
             if type(key) not in (str, int):
                 raise TypeError(f"{where} has the key {key!r}; expected a string or an integer.")
-            _check_plain(value, f"{where}[{key!r}]")
+            check_plain(value, f"{where}[{key!r}]")
     elif kind in (list, tuple):
         for i, value in enumerate(tree):
-            _check_plain(value, f"{where}[{i}]")
+            check_plain(value, f"{where}[{i}]")
     else:
         raise TypeError(
             f"{where} is a {kind.__module__}.{kind.__qualname__}; a checkpoint holds only tensors, "

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,9 +14,14 @@ from bilevel.run import Record
 from bilevel.schedule import Schedule
 from bilevel.space import Space
 
-__all__ = ["Curve", "Panel", "panels"]
+__all__ = ["COLORS", "Curve", "Panel", "panels"]
 
 Array = NDArray[np.float64]
+
+COLORS = (
+    "#1f6fb4", "#d1495b", "#2e8b57", "#8e5ea2", "#e08e0b",
+    "#00a3a1", "#9c6644", "#d66ba0", "#7a8b0f", "#4a4e69",
+)  # fmt: skip
 
 MAX_LINES = 6
 """Most elements of a tensor that are drawn one by one; more are drawn as quantiles."""
@@ -23,19 +29,23 @@ MAX_LINES = 6
 
 @dataclass(frozen=True)
 class Curve:
-    """One line, with an optional band around it.
+    """One line, with optional bands around it.
 
     Attributes:
         label: name in the legend.
         x: inner steps.
         y: values.
-        band: lower and upper edge.
+        color: as ``#rrggbb``.
+        bands: name, lower edge and upper edge of each, from the outermost.
+        marks: whether the points are marked.
     """
 
     label: str
     x: Array
     y: Array
-    band: tuple[Array, Array] | None = None
+    color: str = COLORS[0]
+    bands: Sequence[tuple[str, Array, Array]] = ()
+    marks: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,61 +57,69 @@ class Panel:
         curves: the lines.
         log: whether the vertical axis is logarithmic.
         step: whether values hold until the next one, as a schedule does.
+        span: columns that it takes.
     """
 
     title: str
-    curves: Sequence[Curve] = field(default_factory=tuple)
+    curves: Sequence[Curve]
     log: bool = False
     step: bool = False
+    span: int = 1
 
 
 def panels(trace: Sequence[Record], schedule: Schedule, space: Space) -> list[Panel]:
-    """Return the panels of a run: losses, hypergradient norms, and each hyperparameter."""
+    """Return the panels of a run: losses, hypergradient norms, and each hyperparameter.
+
+    A hyperparameter has the same color in all of them.
+    """
+    colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(schedule.names)}
     losses = [
-        _column(trace, key, label)
-        for key, label in (
-            ("outer_loss", "outer loss"),
-            ("val_loss", "validation loss"),
-            ("inner_loss", "inner loss"),
-        )
+        _column(trace, "outer_loss", "outer loss (batch)", COLORS[0]),
+        _column(trace, "inner_loss", "inner loss (batch)", COLORS[9]),
+        _column(trace, "val_loss", "validation loss", COLORS[1], marks=True),
     ]
-    norms = [_column(trace, f"grad_norm/{n}", n) for n in schedule.names]
-    norms = [_column(trace, "grad_norm", "all"), *norms] if len(norms) > 1 else norms
+    losses = [curve for curve in losses if len(curve.x)]
+    norms = [_column(trace, f"grad_norm/{n}", n, colors[n]) for n in schedule.names]
+    if len(norms) > 1:
+        norms = [_column(trace, "grad_norm", "all", "#000000"), *norms]
     return [
-        Panel("loss", [c for c in losses if len(c.x)]),
-        Panel("hypergradient norm |dF/dz|", [_positive(c) for c in norms], log=True),
-        *(_hyperparameter(name, schedule, space) for name in schedule.names),
+        Panel("loss", losses, log=_spans_decades([c.y for c in losses])),
+        Panel("hypergradient norm ‖dF/dz‖", [_positive(c) for c in norms], log=True, span=2),
+        *(_hyperparameter(name, schedule, space, colors[name]) for name in schedule.names),
     ]
 
 
-def _column(trace: Sequence[Record], key: str, label: str) -> Curve:
+def _column(
+    trace: Sequence[Record], key: str, label: str, color: str, marks: bool = False
+) -> Curve:
     found = [(r["steps"], r[key]) for r in trace if r.get(key) is not None]
     table = np.asarray(found, dtype=np.float64).reshape(-1, 2)
-    return Curve(label, table[:, 0], table[:, 1])
+    return Curve(label, table[:, 0], table[:, 1], color, marks=marks)
 
 
 def _positive(curve: Curve) -> Curve:
-    keep = curve.y > 0
-    return Curve(curve.label, curve.x[keep], curve.y[keep])
+    """Return the curve with gaps where a logarithmic axis has no place for it."""
+    return Curve(curve.label, curve.x, np.where(curve.y > 0, curve.y, np.nan), curve.color)
 
 
-def _hyperparameter(name: str, schedule: Schedule, space: Space) -> Panel:
+def _spans_decades(values: Sequence[Array]) -> bool:
+    every = np.concatenate([np.ones(0), *values])
+    return bool(len(every) and every.min() > 0 and every.max() > 100 * every.min())
+
+
+def _hyperparameter(name: str, schedule: Schedule, space: Space, color: str) -> Panel:
     domain = space[name]
     log = isinstance(domain, Grad) and domain.scale == "log"
     x = schedule["step"]
     table = schedule[name].reshape(len(x), -1) if name in schedule else None
+    if table is not None and table.shape[1] == 1:
+        return Panel(name, [Curve(name, x, table[:, 0], color)], log, step=True)
     if table is not None and table.shape[1] <= MAX_LINES:
-        labels = [name] if table.shape[1] == 1 else [f"[{i}]" for i in range(table.shape[1])]
-        curves = [Curve(label, x, table[:, i]) for i, label in enumerate(labels)]
-        return Panel(name, curves, log, step=True)
+        first = COLORS.index(color)
+        shades = [COLORS[(first + i) % len(COLORS)] for i in range(table.shape[1])]
+        lines = [Curve(f"{name}[{i}]", x, table[:, i], c) for i, c in enumerate(shades)]
+        return Panel(name, lines, log, step=True)
     low, q25, median, q75, high, _ = schedule.summary(name).T
-    size = int(np.prod(domain.value_shape)) if isinstance(domain, Grad) else 0
-    return Panel(
-        f"{name} ({size} values)",
-        [
-            Curve("min to max", x, median, (low, high)),
-            Curve("median and quartiles", x, median, (q25, q75)),
-        ],
-        log,
-        step=True,
-    )
+    size = f" ({math.prod(domain.value_shape)} values)" if isinstance(domain, Grad) else ""
+    bands = (("range", low, high), ("quartiles", q25, q75))
+    return Panel(name + size, [Curve("median", x, median, color, bands)], log, step=True)

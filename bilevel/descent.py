@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bilevel.algorithm import Diverged, OuterAlgorithm, OuterStep
 from bilevel.checkpoint import copy
+from bilevel.describe import describe
 from bilevel.inner import Inner
 from bilevel.inner_loop import InnerLoop, Steps, Training
 from bilevel.metrics import Cost, RunStatus
@@ -69,7 +70,9 @@ class Descent(OuterAlgorithm[DescentState]):
         warmup: further training steps before the first hypergradient.
         restart: begin each outer step's training at the initial weights and optimizer state.
         clip: largest ‖∇z‖₂; a longer gradient is scaled down to it.
-        tolerance: the run has converged when ‖∇z‖₂ is at most this.
+        tolerance: the run has converged when ‖∇z‖₂ is at most this, the inner level is solved to
+            the tolerance of its loop and the hypergradient to that of its estimator.  None: go on
+            until the budget is spent.
 
     Raises:
         ValueError: an argument out of its range.
@@ -82,7 +85,7 @@ class Descent(OuterAlgorithm[DescentState]):
     warmup: int = 0
     restart: bool = False
     clip: float | None = None
-    tolerance: float = 0.0
+    tolerance: float | None = None
 
     def __post_init__(self) -> None:
         rates = self.lr if isinstance(self.lr, Mapping) else {None: self.lr}
@@ -96,27 +99,26 @@ class Descent(OuterAlgorithm[DescentState]):
             raise ValueError(f"Descent: warmup must be >= 0, but got {self.warmup!r}.")
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"Descent: clip must be positive, but got {self.clip!r}.")
-        if not self.tolerance >= 0:
+        if self.tolerance is not None and not self.tolerance >= 0:
             raise ValueError(f"Descent: tolerance must be >= 0, but got {self.tolerance!r}.")
 
     def init(self, inner: Inner) -> DescentState:
         """See `OuterAlgorithm.init`.
 
         Raises:
-            ValueError: the gradient owns no hyperparameter, or `lr` does not name each that it
-                owns.
+            ValueError: the gradient owns no active hyperparameter; `lr` does not name each that
+                it owns; the estimator trains by another rule than the inner level.
         """
-        names = inner.space.grad
-        if not names:
+        z = copy(inner.space.coordinates(inner.hparams))
+        if not z:
             raise ValueError(
-                "space: the gradient owns none of the hyperparameters "
+                "space: the gradient owns none of the active hyperparameters of "
                 f"{list(inner.space)}, so there is nothing to tune; see Space.own."
             )
-        if isinstance(self.lr, Mapping) and set(self.lr) != set(names):
+        if isinstance(self.lr, Mapping) and set(self.lr) != set(z):
             raise ValueError(
-                f"Descent: lr must name each of {list(names)}, but it names {list(self.lr)}."
+                f"Descent: lr must name each of {list(z)}, but it names {list(self.lr)}."
             )
-        z = copy(inner.space.coordinates(inner.hparams))
         _set(inner, z)
         hparams = {k: v.detach().requires_grad_() for k, v in inner.hparams.items()}
         memory = self._estimator(inner).init(inner.problem, inner.params, hparams)
@@ -160,12 +162,10 @@ class Descent(OuterAlgorithm[DescentState]):
             error_bound=found.error_bound,
             extra=extra,
         )
-        if total <= self.tolerance:
-            report = replace(
-                report,
-                status=RunStatus.CONVERGED,
-                reason=f"the hypergradient norm {total:.3g} is within the tolerance",
-            )
+        solved = training.solved and found.status.ok
+        if self.tolerance is not None and solved and total <= self.tolerance:
+            reason = f"the hypergradient norm {total:.3g} is within the tolerance"
+            report = replace(report, status=RunStatus.CONVERGED, reason=reason)
             return report, {**state, "step": state["step"] + 1, "estimator": memory}
         shrink = 1.0 if self.clip is None else min(1.0, self.clip / total)
         z, optimizer = optimizer_step(
@@ -210,10 +210,18 @@ class Descent(OuterAlgorithm[DescentState]):
 
     def _estimator(self, inner: Inner) -> Estimator[Any]:
         """Return the estimator, with the inner level's optimizer where it left that open."""
-        estimator = self.estimator
-        if getattr(estimator, "optimizer", estimator) is None:
-            return cast(Estimator[Any], replace(cast(Any, estimator), optimizer=inner.optimizer))
-        return estimator
+        estimator: Any = self.estimator
+        if not hasattr(estimator, "optimizer"):
+            return self.estimator
+        if estimator.optimizer is None:
+            return cast(Estimator[Any], replace(estimator, optimizer=inner.optimizer))
+        if estimator.steps and describe(estimator.optimizer) != describe(inner.optimizer):
+            raise ValueError(
+                f"{type(estimator).__name__} trains with {estimator.optimizer!r}, but the inner "
+                f"level with {inner.optimizer!r}; leave the estimator's optimizer out to use the "
+                "inner level's."
+            )
+        return self.estimator
 
     def _train(self, inner: Inner, state: DescentState) -> Training:
         """Train before the hypergradient, from the initial weights where the config says so."""
@@ -235,14 +243,17 @@ class Descent(OuterAlgorithm[DescentState]):
     ) -> tuple[Hypergradient, dict[str, Any], Cost]:
         """Estimate dF/dh at the current weights; an estimator that trains moves them on."""
         estimator, memory = self._estimator(inner), state["estimator"]
-        batches = inner.inner_batches(max(1, estimator.steps))
+        hparams = {name: v.detach().requires_grad_() for name, v in inner.hparams.items()}
         if estimator.steps:
+            if self.restart:
+                memory = estimator.init(inner.problem, inner.params, hparams)
             memory = {**memory, "optimizer": inner.optimizer_state}
+        batches = inner.inner_batches(max(1, estimator.steps))
         try:
             found, memory = estimator(
                 inner.problem,
                 inner.params,
-                {name: v.detach().requires_grad_() for name, v in inner.hparams.items()},
+                hparams,
                 batches.__getitem__ if estimator.steps else batches[0],
                 inner.outer_batch(),
                 memory,

@@ -25,11 +25,13 @@ class Training:
         cost: work done.
         loss: training loss of the last step; None after no step.
         grad_norm: ‖∂f/∂w‖₂ at the end, where the loop looked at it.
+        solved: False where the loop has a tolerance and ended above it.
     """
 
     cost: Cost = field(default_factory=Cost)
     loss: float | None = None
     grad_norm: float | None = None
+    solved: bool = True
 
 
 class InnerLoop(ABC):
@@ -71,7 +73,7 @@ class Steps(InnerLoop):
             try:
                 metrics = inner.step()
             except FloatingPointError as error:
-                raise Diverged(str(error), cost) from error
+                raise Diverged(str(error), cost + Cost(steps=1, gradients=1)) from error
             cost, loss = cost + metrics.cost, metrics["loss"]
             if metrics.status is RunStatus.DIVERGED:
                 raise Diverged(f"the inner level diverged: its training loss is {loss}", cost)
@@ -85,8 +87,8 @@ class Until(InnerLoop):
     Attributes:
         grad_norm: tolerance on the gradient of the inner loss, on one training batch.  What the
             optimizer adds by itself (a decoupled weight decay) is no part of that loss.
-        max_steps: most steps of one solve.  A solve that ends there is seen in the trace: its
-            `inner_grad_norm` is above the tolerance.
+        max_steps: most steps of one solve.  A solve that ends there is seen in the trace, where
+            its `inner_grad_norm` is above the tolerance, and never counts as convergence.
         check_every: steps between two looks at the gradient, each a gradient evaluation.
     """
 
@@ -117,7 +119,7 @@ class Until(InnerLoop):
             except FloatingPointError as error:
                 raise Diverged(str(error), cost) from error
             if norm <= self.grad_norm or left == 0:
-                return Training(cost, loss, norm)
+                return Training(cost, loss, norm, solved=norm <= self.grad_norm)
             try:
                 part = Steps(min(left, self.check_every)).train(inner)
             except Diverged as error:

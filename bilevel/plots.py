@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel.checkpoint import check_writable
-from bilevel.curves import Panel
+from bilevel.curves import COLORS, Curve, Panel
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from plotly.graph_objects import Figure
 
-__all__ = ["html_figure", "write_figure"]
+__all__ = ["COLORS", "html_figure", "write_figure"]
 
 COLUMNS = 3
-COLORS = ("#1f6fb4", "#d1495b", "#2e8b57", "#8e5ea2", "#e08e0b", "#4a4e69", "#00798c", "#9c6644")
+_LEGEND_ROOM = 8  # more entries stand beside the axes, not in them
 
 
 def write_figure(panels: Sequence[Panel], path: str | os.PathLike[str], title: str) -> Path:
-    """Write the panels as ``.png`` or ``.html``.
+    """Write the panels as ``.png``, or as ``.html`` that needs no network.
 
     Raises:
         ValueError: another file ending.
@@ -36,72 +36,156 @@ def write_figure(panels: Sequence[Panel], path: str | os.PathLike[str], title: s
     return path
 
 
+def _places(panels: Sequence[Panel]) -> list[tuple[int, int, int]]:
+    """Return row, column and width of each panel, in reading order."""
+    places, row, column = [], 0, 0
+    for panel in panels:
+        if column + panel.span > COLUMNS:
+            row, column = row + 1, 0
+        places.append((row, column, panel.span))
+        column += panel.span
+    return places
+
+
 def _write_png(panels: Sequence[Panel], path: Path, title: str) -> None:
     # The object-oriented interface: pyplot would keep the figure in a global registry.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as PngFigure
+
+    places = _places(panels)
+    rows = places[-1][0] + 1
+    figure = PngFigure(figsize=(4.2 * COLUMNS, 2.7 * rows + 0.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=12)
+    grid = figure.add_gridspec(rows, COLUMNS)
+    for panel, (row, column, span) in zip(panels, places, strict=True):
+        _draw(figure.add_subplot(grid[row, column : column + span]), panel)
+    figure.savefig(path, dpi=110)
+
+
+def _draw(axes: Axes, panel: Panel) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    rows = math.ceil(len(panels) / COLUMNS)
-    figure = PngFigure(figsize=(4.4 * COLUMNS, 2.9 * rows + 0.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    grid = figure.subplots(rows, COLUMNS, squeeze=False).flat
-    for axes, panel in zip(grid, panels, strict=False):
-        for i, curve in enumerate(panel.curves):
-            color = COLORS[i % len(COLORS)]
-            if curve.band is not None:
-                axes.fill_between(curve.x, *curve.band, color=color, alpha=0.25, lw=0)
-            style = {"drawstyle": "steps-post"} if panel.step else {}
-            axes.plot(curve.x, curve.y, color=color, label=curve.label, lw=1.4, **style)
-        axes.set_title(panel.title, fontsize=10)
-        axes.set_xlabel("training steps", fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.grid(alpha=0.25)
-        if panel.log:
-            axes.set_yscale("log")
-        if len(panel.curves) > 1:
-            axes.legend(fontsize=7, framealpha=0.7)
-    for axes in figure.axes[len(panels) :]:
-        axes.set_visible(False)
-    figure.savefig(path, dpi=110)
+    for curve in panel.curves:
+        for i, (name, low, high) in enumerate(curve.bands):
+            axes.fill_between(
+                curve.x,
+                low,
+                high,
+                color=curve.color,
+                alpha=_shade(i),
+                lw=0,
+                step="post" if panel.step else None,
+                label=name,
+            )
+        axes.plot(
+            curve.x,
+            curve.y,
+            color=curve.color,
+            label=curve.label,
+            lw=1.2,
+            drawstyle="steps-post" if panel.step else "default",
+            marker="o" if curve.marks else "",
+            markersize=2.5,
+        )
+    axes.set_title(panel.title, fontsize=10, loc="left")
+    axes.set_xlabel("training steps", fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if panel.log:
+        axes.set_yscale("log")
+    if panel.span > 1 or len(panel.curves) > _LEGEND_ROOM:
+        axes.legend(
+            fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0
+        )
+    elif _needs_legend(panel):
+        axes.legend(fontsize=7, framealpha=0.7)
 
 
 def html_figure(panels: Sequence[Panel], title: str) -> Figure:
     """Return the panels as one Plotly figure."""
-    from plotly.graph_objects import Scatter
     from plotly.subplots import make_subplots
 
-    rows = math.ceil(len(panels) / COLUMNS)
+    places = _places(panels)
+    rows = places[-1][0] + 1
+    specs: list[list[Any]] = [[None] * COLUMNS for _ in range(rows)]
+    for row, column, span in places:
+        specs[row][column] = {"colspan": span}
     figure = make_subplots(
-        rows, COLUMNS, subplot_titles=[p.title for p in panels], vertical_spacing=0.36 / (rows + 1)
+        rows,
+        COLUMNS,
+        specs=specs,
+        subplot_titles=[p.title for p in panels],
+        vertical_spacing=0.3 / rows,
+        horizontal_spacing=0.06,
     )
-    for index, panel in enumerate(panels):
-        where: dict[str, Any] = {"row": index // COLUMNS + 1, "col": index % COLUMNS + 1}
-        for i, curve in enumerate(panel.curves):
-            color = COLORS[i % len(COLORS)]
-            line = {"color": color, "shape": "hv" if panel.step else "linear"}
-            if curve.band is not None:
-                edge = {"mode": "lines", "line": {"width": 0}, "hoverinfo": "skip"}
-                for values, fill in zip(curve.band, (None, "tonexty"), strict=True):
-                    band = Scatter(x=curve.x, y=values, fill=fill, **edge, showlegend=False)
-                    band.fillcolor = _faint(color)
-                    figure.add_trace(band, **where)
-            line_trace = Scatter(x=curve.x, y=curve.y, name=curve.label, line=line, mode="lines")
-            line_trace.showlegend = False
-            figure.add_trace(line_trace, **where)
-        figure.update_xaxes(title_text="training steps", **where)
+    figure.update_annotations(font_size=13)
+    for panel, (row, column, _) in zip(panels, places, strict=True):
+        where = {"row": row + 1, "col": column + 1}
+        for curve in panel.curves:
+            for trace in _traces(panel, curve):
+                figure.add_trace(trace, **where)
+        figure.update_xaxes(title_text="training steps", title_font_size=11, **where)
         if panel.log:
             figure.update_yaxes(type="log", exponentformat="power", **where)
-    figure.update_layout(title=title, template="plotly_white", height=300 * rows + 90)
+    figure.update_layout(
+        title=title,
+        template="plotly_white",
+        height=270 * rows + 90,
+        legend={"groupclick": "toggleitem", "traceorder": "grouped", "font": {"size": 11}},
+        font={"size": 11},
+        hovermode="closest",
+    )
     return figure
+
+
+def _traces(panel: Panel, curve: Curve) -> Iterator[Any]:
+    """Yield the Plotly traces of a curve: the edges of its bands, then the line."""
+    from plotly.graph_objects import Scatter
+
+    shape = "hv" if panel.step else "linear"
+    group = {"legendgroup": panel.title, "legendgrouptitle": {"text": panel.title}}
+    for i, (name, low, high) in enumerate(curve.bands):
+        for edge, fill in ((low, None), (high, "tonexty")):
+            yield Scatter(
+                x=curve.x,
+                y=edge,
+                name=name,
+                mode="lines",
+                line={"width": 0, "shape": shape},
+                fill=fill,
+                fillcolor=_faint(curve.color, _shade(i)),
+                hoverinfo="skip",
+                showlegend=fill is not None,
+                **group,
+            )
+    yield Scatter(
+        x=curve.x,
+        y=curve.y,
+        name=curve.label,
+        mode="lines+markers" if curve.marks else "lines",
+        marker={"size": 4},
+        line={"color": curve.color, "width": 1.5, "shape": shape},
+        showlegend=_needs_legend(panel),
+        **group,
+    )
 
 
 def _write_html(panels: Sequence[Panel], path: Path, title: str) -> None:
     html_figure(panels, title).write_html(path, include_plotlyjs=True)
 
 
-def _faint(color: str) -> str:
+def _needs_legend(panel: Panel) -> bool:
+    return len(panel.curves) > 1 or bool(panel.curves and panel.curves[0].bands)
+
+
+def _shade(band: int) -> float:
+    """Return the opacity of a band, from the outermost."""
+    return 0.15 + 0.2 * band
+
+
+def _faint(color: str, alpha: float) -> str:
     red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.22)"
+    return f"rgba({red},{green},{blue},{alpha:.2f})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
@@ -15,7 +16,7 @@ from bilevel.metrics import Cost, Metrics
 from bilevel.space import Space
 from hypergrad import Problem
 from hypergrad.optimizers import Optimizer
-from hypergrad.problem import check_scalar
+from hypergrad.problem import Loss, check_scalar
 from hypergrad.training import train
 from hypergrad.tree import Tree, hyper_leaves, same_structure, trainable_leaves
 
@@ -27,7 +28,7 @@ class ProblemInner:
 
     Hyperparameters are declared by a `space`, or given as a plain tree of tensors, which then
     move without bounds.  The losses see the tree that was given; elsewhere a nested tree is a
-    flat dict with joined names: ``{"l2": {"w": ...}}`` is ``"l2__w"``.
+    flat dict with joined names: ``{"l2": {"layer.0": ...}}`` is ``"l2__layer_0"``.
 
     A batch that is callable is a stream, called with 0, 1, 2, ...  If what it returns depends on
     that number and the global random state alone, then a resumed run sees the same batches.
@@ -63,9 +64,9 @@ class ProblemInner:
         val_batch: Any = None,
         test_batch: Any = None,
     ) -> None:
-        dtype = trainable_leaves(params).tensors[0].dtype
+        first = trainable_leaves(params).tensors[0]
         if space is not None:
-            values = _initial(space, hparams, torch.promote_types(dtype, torch.float32))
+            values = _initial(space, hparams, first)
         elif hparams is not None:
             space, values, problem = _unbounded(problem, hparams)
         else:
@@ -76,13 +77,14 @@ class ProblemInner:
         self._hparams = {name: value.detach().clone() for name, value in values.items()}
         self._inner_batch, self._outer_batch = inner_batch, outer_batch
         self._drawn = {"inner": 0, "outer": 0}
-        if val_batch is None and not callable(outer_batch):
-            val_batch = outer_batch
-        self._splits = {
-            "train": (problem.inner_loss, inner_batch, "inner_batch"),
-            "val": (problem.outer_loss, val_batch, "val_batch"),
-            "test": (problem.outer_loss, test_batch, "test_batch"),
-        }
+        self._splits: dict[str, tuple[Loss, Any]] = {}
+        if not callable(inner_batch):
+            self._splits["train"] = (problem.inner_loss, inner_batch)
+        if val_batch is not None or not callable(outer_batch):
+            val_batch = outer_batch if val_batch is None else val_batch
+            self._splits["val"] = (problem.outer_loss, val_batch)
+        if test_batch is not None:
+            self._splits["test"] = (problem.outer_loss, test_batch)
 
     @property
     def space(self) -> Space:
@@ -92,11 +94,7 @@ class ProblemInner:
     @property
     def splits(self) -> tuple[str, ...]:
         """Names that `evaluate` takes: those with a fixed batch."""
-        return tuple(
-            name
-            for name, (_, batch, _) in self._splits.items()
-            if not callable(batch) and not (batch is None and name == "test")
-        )
+        return tuple(self._splits)
 
     @property
     def problem(self) -> Problem:
@@ -171,13 +169,14 @@ class ProblemInner:
         """See `Inner.evaluate`: "train" is the inner loss on `inner_batch`.
 
         Raises:
-            ValueError: an unknown split, or one without a batch.
+            ValueError: an unknown split, or one without a fixed batch.
         """
         if split not in self._splits:
-            raise ValueError(f"split must be one of {list(self._splits)}, but got {split!r}.")
-        loss, batch, argument = self._splits[split]
-        if callable(batch) or (batch is None and split == "test"):
-            raise ValueError(f"{argument}: there is no fixed batch to evaluate {split!r} on.")
+            raise ValueError(
+                f"split must be one of {list(self._splits)}, which have a fixed batch, but got "
+                f"{split!r}; pass val_batch and test_batch for the others."
+            )
+        loss, batch = self._splits[split]
         with torch.no_grad():
             value = loss(self._params, self._hparams, batch)
         check_scalar(value, f"loss on {split!r}")
@@ -225,22 +224,28 @@ def _requiring_grad(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().requires_grad_() for name, value in values.items()}
 
 
-def _initial(space: Space, given: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the checked initial values of a space that the gradient owns alone."""
+def _initial(space: Space, given: Any, like: Tensor) -> dict[str, Tensor]:
+    """Return the checked initial values of a space that the gradient owns alone.
+
+    They are on the device of the weights and as precise, but at least float32.
+    """
     others = [name for name in space if name not in space.grad]
     if others:
         raise ValueError(
             f"space: {others} are not owned by the gradient, and a bare Problem has no other "
             "hyperparameters; put constants into the losses, or write a learner."
         )
-    values = space.validate(dict(given or {}))
-    return {name: torch.as_tensor(values[name]).to(dtype) for name in space.grad}
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    return space.validate(dict(given or {}), dtype=dtype, device=like.device)
 
 
 def _unbounded(problem: Problem, tree: Tree) -> tuple[Space, dict[str, Tensor], Problem]:
     """Return space, values and problem of a plain tree of hyperparameters, as a flat dict."""
     flat, spec = optree.tree_flatten(tree)
-    names = ["__".join(map(str, path)) or "hparams" for path in optree.tree_paths(tree)]
+    paths = optree.tree_paths(tree)
+    names = [_identifier(path) for path in paths]
+    if len(set(names)) < len(names):
+        raise ValueError(f"hparams: two tensors share a name in {names}; rename one.")
     values = dict(zip(names, flat, strict=True))
     hyper_leaves({k: v.detach().requires_grad_() if _floats(v) else v for k, v in values.items()})
     space = Space({name: Grad(0.0, shape=tuple(value.shape)) for name, value in values.items()})
@@ -255,6 +260,12 @@ def _unbounded(problem: Problem, tree: Tree) -> tuple[Space, dict[str, Tensor], 
     losses = [f.name for f in fields(problem) if f.name.endswith("loss")]
     wrapped = {name: nested(getattr(problem, name)) for name in losses}
     return space, values, replace(problem, **wrapped)
+
+
+def _identifier(path: Sequence[Any]) -> str:
+    """Return the keys to a leaf of a tree as the name of a hyperparameter."""
+    name = "__".join(re.sub(r"\W", "_", str(key)) for key in path) or "hparams"
+    return name if name.isidentifier() else f"_{name}"
 
 
 def _floats(value: Any) -> bool:

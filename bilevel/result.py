@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optree
 from torch import Tensor
 
-from bilevel.checkpoint import copy, load, save
+from bilevel.checkpoint import check_plain, copy, load, save
 from bilevel.curves import panels
 from bilevel.metrics import Cost, RunStatus
 from bilevel.plots import write_figure
 from bilevel.run import Record
 from bilevel.schedule import Schedule
 from bilevel.space import Space
+from hypergrad.tree import Tree, leaf_names
 
 if TYPE_CHECKING:
     from bilevel.budget import Budget
@@ -43,7 +44,7 @@ class Best:
     loss: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """Result of `tune`.
 
@@ -93,24 +94,20 @@ class Result:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the result into a folder, atomically; also ``schedule.csv`` and ``trace.json``.
 
+        Where `params` has other nodes than dicts, lists and tuples, it is stored as, and read
+        back as, a dict from names such as ``params.layer`` to tensors.
+
         Raises:
-            TypeError: params is a tree with other nodes than dicts, lists and tuples.
             OSError: the folder cannot be written.
         """
         folder = Path(folder)
+        params = _plain(self.params)
         save(
             folder / _FILE,
             {
-                "params": optree.tree_map(lambda t: t.detach(), self.params),
-                "trained": [t.requires_grad for t in optree.tree_leaves(self.params)],
+                "params": copy(params),
+                "trained": optree.tree_map(lambda t: t.requires_grad, params),
                 "hparams": copy(self.hparams),
-                "space": self.space.to_json(),
-                "schedule": self.schedule.state_dict(),
-                "trace": self.trace,
-                "status": self.status.value,
-                "reason": self.reason,
-                "cost": asdict(self.cost),
-                "best": None if self.best is None else asdict(self.best),
                 "val": self.val,
                 "test": self.test,
                 "state": self.state,
@@ -129,19 +126,18 @@ class Result:
             ValueError: the file is damaged.
         """
         data = load(Path(folder) / _FILE)
-        leaves, spec = optree.tree_flatten(data["params"])
-        for leaf, trained in zip(leaves, data["trained"], strict=True):
-            leaf.requires_grad_(trained)
+        run = data["state"]["run"]
+        best = run["best"]
         return cls(
-            params=optree.tree_unflatten(spec, leaves),
+            params=optree.tree_map(Tensor.requires_grad_, data["params"], data["trained"]),
             hparams=data["hparams"],
-            space=Space.from_json(data["space"]),
-            schedule=Schedule.from_state(data["schedule"]),
-            trace=data["trace"],
-            status=RunStatus(data["status"]),
-            reason=data["reason"],
-            cost=Cost(**data["cost"]),
-            best=None if data["best"] is None else Best(**data["best"]),
+            space=Space.from_json(data["state"]["settings"]["space"]),
+            schedule=Schedule.from_state(run["schedule"]),
+            trace=run["trace"],
+            status=RunStatus(run["status"]),
+            reason=run["reason"],
+            cost=Cost(**run["cost"]),
+            best=None if best is None else Best(best["outer_step"], best["steps"], best["loss"]),
             val=data["val"],
             test=data["test"],
             state=data["state"],
@@ -171,6 +167,12 @@ class Result:
             options = {"subject": subject, **options}
         return tune(budget=budget, resume=self, **options)
 
+    def __repr__(self) -> str:
+        parts = [self.status.value, f"{len(self.trace)} outer steps", f"{self.cost.steps} steps"]
+        evaluated = (("val", self.val), ("test", self.test))
+        parts += [f"{split} loss {m['loss']:.6g}" for split, m in evaluated if m is not None]
+        return f"Result({', '.join(parts)})"
+
     def __str__(self) -> str:
         lines = [f"{self.status.value}: {self.reason}" if self.reason else self.status.value]
         lines.append(
@@ -185,6 +187,15 @@ class Result:
         for name, value in self.hparams.items():
             lines.append(f"{name:<16}  {_short(value)}")
         return "\n".join(lines)
+
+
+def _plain(params: Tree) -> Tree:
+    """Return the tree, or a dict of its leaves by name where a checkpoint cannot hold it."""
+    try:
+        check_plain(copy(params), "params")
+    except TypeError:
+        return dict(zip(leaf_names(params, "params"), optree.tree_leaves(params), strict=True))
+    return params
 
 
 def _short(value: Tensor) -> str:

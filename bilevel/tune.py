@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,6 @@ from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.callbacks import Callback, Progress
 from bilevel.checkpoint import check_writable, copy, load, save
-from bilevel.descent import Descent
 from bilevel.describe import describe, differences
 from bilevel.inner import Inner
 from bilevel.metrics import RunStatus
@@ -33,8 +35,8 @@ __all__ = ["tune"]
 
 def tune(
     subject: Inner | Problem,
-    algorithm: OuterAlgorithm[Any] | None = None,
-    budget: Budget | int = 1000,
+    algorithm: OuterAlgorithm[Any],
+    budget: Budget | int,
     *,
     params: Tree | None = None,
     space: Space | None = None,
@@ -47,7 +49,7 @@ def tune(
     evaluate_every: int | None = None,
     callbacks: Sequence[Callback] = (),
     checkpoint: str | os.PathLike[str] | None = None,
-    checkpoint_every: int = 10,
+    checkpoint_every: float = 30.0,
     resume: str | os.PathLike[str] | Result | None = None,
     history: int = 64,
     seed: int | None = None,
@@ -57,43 +59,47 @@ def tune(
 
     Args:
         subject: a learner that was set up (or any `Inner`), or a bare `hypergrad.Problem`.
-        algorithm: how the hyperparameters move; `Descent()` if None.
+        algorithm: how the hyperparameters move, such as `Descent()`.
         budget: of the run; a bare integer means training steps.
         params: initial weights of a bare problem; leaves that require grad are trained.
         space: hyperparameters of a bare problem, all owned by the gradient.
         hparams: initial values by name; without a space, a tree of tensors without bounds.
         optimizer: update rule of a bare problem, such as `hypergrad.SGD(lr=0.1)`; may be left out
-            where the estimator brings one.
+            where the algorithm's estimator brings one.
         inner_batch: batch of the inner loss, or a callable t -> batch.
         outer_batch: batch of the outer loss, or a callable t -> batch.
         val_batch: all validation data of a bare problem; `outer_batch` where that is no callable.
         test_batch: test data of a bare problem; only evaluated after the end.
-        evaluate_every: outer steps between two evaluations on the whole validation split.
-        callbacks: see `bilevel.callbacks`.
-        checkpoint: file that the run is stored in, atomically, every `checkpoint_every` outer
-            steps, at the end, and on Ctrl-C.
-        checkpoint_every: see `checkpoint`.
-        resume: a checkpoint file or a `Result` to go on from.
+        evaluate_every: outer steps between two evaluations on the whole validation split, which
+            the best weights and early stopping need; None for none before the end.
+        callbacks: watch the run and may stop it, such as `EarlyStopping`.
+        checkpoint: file that the run is stored in, atomically, after an outer step and whenever
+            the call ends: at its end, on Ctrl-C and on an error.
+        checkpoint_every: least seconds between two writes; 0 to write after every outer step.
+            The numbers of a resumed run do not depend on it.
+        resume: a checkpoint file or a `Result` to go on from.  Pass all other arguments as they
+            were; the budget, still a total, may be larger.
         history: tensors with more elements are kept in the schedule as quantiles.
         seed: of torch's, numpy's and Python's global generators inside this call; they are put
             back afterwards.  A learner has its own seed.
         progress: show a progress bar on standard error.
 
     Returns:
-        The result.  A run that diverged has status DIVERGED and its last good weights.
+        The result; an inner level that was passed in is left at the same weights and values.
+        A run that diverged has status DIVERGED and its last good weights.
 
     Raises:
-        TypeError: a subject that is neither.
+        TypeError: a subject that is neither; a loss that is no scalar.
         ValueError: an argument that does not fit; a loss that does not depend on a
             hyperparameter (names it); another space or algorithm than the resumed run's.
         OSError: the checkpoint cannot be written; raised before any training.
-        KeyboardInterrupt: on Ctrl-C, after the last whole outer step was stored.
+        KeyboardInterrupt: on Ctrl-C, after the last whole outer step was stored in `checkpoint`.
     """
-    algorithm = Descent() if algorithm is None else algorithm
     budget = Budget.of(budget)
-    for name, count in (("evaluate_every", evaluate_every), ("checkpoint_every", checkpoint_every)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name} must be at least 1, but got {count!r}.")
+    if evaluate_every is not None and evaluate_every < 1:
+        raise ValueError(f"evaluate_every must be at least 1, but got {evaluate_every!r}.")
+    if not checkpoint_every >= 0:
+        raise ValueError(f"checkpoint_every must be at least 0 s, but got {checkpoint_every!r}.")
     given = {
         "params": params, "space": space, "hparams": hparams, "optimizer": optimizer,
         "inner_batch": inner_batch, "outer_batch": outer_batch,
@@ -110,7 +116,7 @@ def tune(
             _restore(run, callbacks, settings, resume)
 
         def stored() -> dict[str, Any]:
-            states = [callback.state_dict() for callback in callbacks]
+            states = [[name, callback.state_dict()] for name, callback in _stateful(callbacks)]
             return {"settings": settings, "run": run.state_dict(), "callbacks": states}
 
         _drive(run, watchers, stored, checkpoint, checkpoint_every)
@@ -147,28 +153,52 @@ def _inner(subject: Any, algorithm: Any, given: dict[str, Any]) -> Inner:
 
 
 def _drive(
-    run: Run, watchers: Sequence[Callback], stored: Any, checkpoint: Any, every: int
+    run: Run,
+    watchers: Sequence[Callback],
+    stored: Callable[[], dict[str, Any]],
+    checkpoint: str | os.PathLike[str] | None,
+    every: float,
 ) -> None:
     """Take outer steps until the run is finished."""
-    for watcher in watchers:
-        watcher.on_start(run)
-    try:
-        while run.status is RunStatus.RUNNING:
-            before = run.outer_steps
-            run.advance()
-            if run.outer_steps > before:
-                for watcher in watchers:
-                    watcher.on_outer_step(run)
-                if checkpoint is not None and run.outer_steps % every == 0:
-                    save(checkpoint, stored())
-    except KeyboardInterrupt:
-        run.status, run.reason = RunStatus.INTERRUPTED, "interrupted"
-        raise
-    finally:
-        if checkpoint is not None:
-            save(checkpoint, stored())
+    with ExitStack() as ending:
         for watcher in watchers:
-            watcher.on_end(run)
+            ending.callback(watcher.on_end, run)
+        if checkpoint is not None:
+            ending.callback(lambda: save(checkpoint, stored()))
+        try:
+            for watcher in watchers:
+                watcher.on_start(run)
+            written = time.monotonic()
+            while run.status is RunStatus.RUNNING:
+                before = run.outer_steps
+                run.advance()
+                if run.outer_steps > before:
+                    _notify(run, watchers)
+                    if checkpoint is not None and time.monotonic() - written >= every:
+                        save(checkpoint, stored())
+                        written = time.monotonic()
+        except KeyboardInterrupt:
+            if run.status is RunStatus.RUNNING:
+                run.stop(RunStatus.INTERRUPTED, "interrupted")
+            raise
+
+
+def _notify(run: Run, watchers: Sequence[Callback]) -> None:
+    """Show the outer step to all watchers; an interrupt waits until each has seen it."""
+    interrupt: KeyboardInterrupt | None = None
+    for watcher in watchers:
+        try:
+            watcher.on_outer_step(run)
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+
+
+def _stateful(callbacks: Sequence[Callback]) -> list[tuple[str, Callback]]:
+    """Return the callbacks that keep a state, with the names of their classes."""
+    keeps = [c for c in callbacks if type(c).state_dict is not Callback.state_dict]
+    return [(type(c).__qualname__, c) for c in keeps]
 
 
 def _restore(
@@ -179,17 +209,15 @@ def _restore(
         raise ValueError(f"resume: {Path(resume).name!r} is not a checkpoint of tune().")
     lines = differences(saved["settings"]["algorithm"], settings["algorithm"], "algorithm")
     if saved["settings"]["space"] != settings["space"]:
-        before, now = (Space.from_json(s["space"]) for s in (saved["settings"], settings))
-        lines += [f"space: {line}" for line in before.differences(now)]
+        old, new = (Space.from_json(s["space"]) for s in (saved["settings"], settings))
+        lines += [f"space: {line}" for line in old.differences(new)]
+    before, now = [name for name, _ in saved["callbacks"]], _stateful(callbacks)
+    if before != [name for name, _ in now]:
+        lines.append(f"callbacks: {before} before, {[name for name, _ in now]} now")
     if lines:
         raise ValueError("resume: the stored run had other settings:\n  " + "\n  ".join(lines))
-    if len(saved["callbacks"]) != len(callbacks):
-        raise ValueError(
-            f"resume: the stored run had {len(saved['callbacks'])} callbacks, but now there are "
-            f"{len(callbacks)}."
-        )
     run.load_state_dict(saved["run"])
-    for callback, state in zip(callbacks, saved["callbacks"], strict=True):
+    for (_, callback), (_, state) in zip(now, saved["callbacks"], strict=True):
         callback.load_state_dict(state)
 
 
@@ -201,8 +229,7 @@ def _result(run: Run, state: dict[str, Any], again: dict[str, Any]) -> Result:
         _adopt(inner, best.params)
         hparams = copy(best.hparams)
     inner.set_hparams(hparams)
-    splits = inner.splits if isinstance(inner, ProblemInner) else ("val", "test")
-    val, test = (dict(inner.evaluate(s)) if s in splits else None for s in ("val", "test"))
+    val, test = (_evaluate(inner, split) for split in ("val", "test"))
     params = optree.tree_map(
         lambda t: t.detach().clone().requires_grad_(t.requires_grad), inner.params
     )
@@ -221,6 +248,16 @@ def _result(run: Run, state: dict[str, Any], again: dict[str, Any]) -> Result:
         state=state,
         _again=again,
     )
+
+
+def _evaluate(inner: Inner, split: str) -> dict[str, float] | None:
+    """Return the metrics of a split; None where a bare problem has no data for it."""
+    if isinstance(inner, ProblemInner) and split not in inner.splits:
+        return None
+    try:
+        return dict(inner.evaluate(split))
+    except FloatingPointError:  # a loss that is not finite at the last weights is a finding, too
+        return {"loss": math.nan}
 
 
 def _adopt(inner: Inner, leaves: Sequence[Tensor]) -> None:

@@ -78,11 +78,17 @@ class Coordinator:
         for left in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             self._trial(Trial(self.study, left._trial_id), trials, left)
         self._check_failures()
-        while self._finished() < trials and not self.study.user_attrs.get("exhausted"):
+        while self.unfinished(trials):
             self._trial(self.study.ask(), trials, None)
             self._check_failures()
-        best = best_trial(self.study)
-        self.files.keep_only(None if best is None else best.number)
+
+    def unfinished(self, trials: int) -> bool:
+        """Whether a study of `trials` trials has any left to run."""
+        known = self.study.get_trials(deepcopy=False)
+        if any(trial.state is TrialState.RUNNING for trial in known):
+            return True
+        finished = sum(trial.state.is_finished() for trial in known)
+        return finished < trials and not self.study.user_attrs.get("exhausted")
 
     def _trial(self, trial: Trial, trials: int, left: FrozenTrial | None) -> None:
         """Run a trial to its end; `left` is what a dead process stored of it."""
@@ -138,9 +144,6 @@ class Coordinator:
         stored = self.study.get_trials(deepcopy=False)[trial.number]
         self.files.keep_only(None if best is None else best.number)
         self.on_event(Finished(TrialRecord.of(stored), is_best))
-
-    def _finished(self) -> int:
-        return sum(t.state.is_finished() for t in self.study.get_trials(deepcopy=False))
 
     def _check_failures(self) -> None:
         finished = [t for t in self.study.get_trials(deepcopy=False) if t.state.is_finished()]

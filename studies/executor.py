@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import time
+import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +28,17 @@ from bilevel.tune import tune
 from studies.interrupt import Interrupt, deferred_interrupt
 from studies.record import Failure, TrialRecord, as_numbers
 
-__all__ = ["SCHEDULE", "TRACE", "Executor", "Job", "Outcome", "Report", "in_process"]
+__all__ = [
+    "SCHEDULE",
+    "TRACE",
+    "Executor",
+    "Job",
+    "Outcome",
+    "Report",
+    "in_process",
+    "rehearse",
+    "restore",
+]
 
 SCHEDULE = "schedule.json"
 """Artifact with the history of every gradient-owned value."""
@@ -90,20 +103,80 @@ Executor = Callable[[Job, Report], Outcome]
 def in_process(job: Job, report: Report) -> Outcome:
     """Run a job here, from its checkpoint where there is one.
 
-    An exception of the learner or a loss that is not finite makes the record "failed"; only
-    KeyboardInterrupt passes, after the checkpoint was stored.
+    An exception of the learner, or a number that is not finite, makes the record "failed".
+    KeyboardInterrupt passes, after the checkpoint was stored, and so do errors of `report`.
     """
     try:
         with deferred_interrupt() as interrupt:
-            learner = job.learner(job.space)
-            learner.setup(job.task, job.values, seed=job.seed)
-            run = _train if job.algorithm is None else _tune
-            outcome = run(job, learner, report, interrupt)
-            interrupt.check()  # pressed in the last step: that step is done again on resume
+            learner = _set_up(job)
+            if job.algorithm is None:
+                outcome = _train(job, learner, _passing(report), interrupt)
+            else:
+                outcome = _tune(job, job.algorithm, learner, _passing(report), interrupt)
+            interrupt.check()  # pressed in the last step: the coordinator shall not go on
             return outcome
+    except _ReportFailed as error:
+        raise error.error from None
+    except FloatingPointError as error:
+        failure = Failure("not finite", str(error))
     except Exception as error:
         failure = Failure("exception", f"{type(error).__name__}: {error}")
-        return Outcome(TrialRecord(job.number, "failed", failure=failure))
+    files = {"traceback.txt": traceback.format_exc()}
+    return Outcome(TrialRecord(job.number, "failed", failure=failure), files)
+
+
+def rehearse(job: Job) -> None:
+    """Set the learner up and look at its metrics, so that bad settings show before any trial.
+
+    Raises:
+        TypeError: an algorithm is to tune a learner that has no pure losses.
+        ValueError: the learner refuses task or values, or there is no such metric.
+    """
+    learner = _set_up(job)
+    if job.algorithm is not None and not isinstance(learner, Inner):
+        raise TypeError(
+            f"algorithm: {learner.name} has no pure losses, so the gradient cannot own "
+            f"{list(job.space.grad)}; give them to the sampler with space.own(...)."
+        )
+    _value(learner.evaluate("val"), job.metric)
+
+
+def restore(job: Job) -> Learner:
+    """Return the learner of a job as its checkpoint has it.
+
+    Raises:
+        FileNotFoundError: the checkpoint was not kept.
+    """
+    learner, saved = _set_up(job), load(job.checkpoint)
+    if job.algorithm is None:
+        learner.load_state_dict(saved["learner"])
+    else:
+        learner.load_state_dict(saved["run"]["inner"])
+        cast(Inner, learner).set_hparams(saved["run"]["hparams"])
+    return learner
+
+
+def _set_up(job: Job) -> Learner:
+    learner = job.learner(job.space)
+    learner.setup(job.task, job.values, seed=job.seed)
+    return learner
+
+
+class _ReportFailed(BaseException):
+    """An error of the coordinator on its way through a trial, which is not to blame for it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+
+def _passing(report: Report) -> Report:
+    def passing(rung: int, value: float) -> bool:
+        try:
+            return report(rung, value)
+        except Exception as error:
+            raise _ReportFailed(error) from error
+
+    return passing
 
 
 class _Rungs:
@@ -119,7 +192,8 @@ class _Rungs:
             return False
         value = _value(evaluate(), self.job.metric)
         if not math.isfinite(value):
-            return False
+            where = f"at {due / self.job.rungs:.0%} of the budget"
+            raise FloatingPointError(f"val {self.job.metric} is {value} {where}")
         prune = False
         while self.passed < due and not prune:
             self.passed += 1
@@ -149,13 +223,14 @@ def _train(job: Job, learner: Learner, report: Report, interrupt: Interrupt) -> 
         state = {"learner": learner.state_dict(), "cost": asdict(cost), "rungs": rungs.passed}
         save(job.checkpoint, state)
 
-    saved_at = time.monotonic()
+    saved_at = now = time.perf_counter()
     while job.budget.refuses(cost, 0, Cost(steps=1, gradients=1)) is None:
         if interrupt.requested:
             store()
             interrupt.check()
         metrics = learner.step()
-        cost += metrics.cost
+        cost += replace(metrics.cost, seconds=time.perf_counter() - now)
+        now = time.perf_counter()
         if metrics.status.finished:
             status = metrics.status
             break
@@ -164,9 +239,10 @@ def _train(job: Job, learner: Learner, report: Report, interrupt: Interrupt) -> 
         pruned = rungs.reached(fraction, lambda: learner.evaluate("val"))
         if pruned:
             break
-        if rungs.passed > before and time.monotonic() - saved_at >= job.checkpoint_seconds:
+        if rungs.passed > before and now - saved_at >= job.checkpoint_seconds:
             store()
-            saved_at = time.monotonic()
+            saved_at = now
+    store()
     if status is RunStatus.DIVERGED:
         failure = Failure("diverged", f"the training loss is not finite at step {cost.steps}")
         return Outcome(TrialRecord(job.number, "failed", cost=cost, failure=failure))
@@ -208,11 +284,17 @@ class _Watch(Callback):
         self._rungs.passed = state["rungs"]
 
 
-def _tune(job: Job, learner: Learner, report: Report, interrupt: Interrupt) -> Outcome:
+def _tune(
+    job: Job,
+    algorithm: OuterAlgorithm[Any],
+    learner: Learner,
+    report: Report,
+    interrupt: Interrupt,
+) -> Outcome:
     """Tune the gradient-owned values while training."""
     result = tune(
         cast(Inner, learner),
-        job.algorithm,
+        algorithm,
         job.budget,
         callbacks=[_Watch(job, report, interrupt)],
         checkpoint=job.checkpoint,
@@ -223,6 +305,7 @@ def _tune(job: Job, learner: Learner, report: Report, interrupt: Interrupt) -> O
     values = as_numbers({**job.values, **result.hparams})
     files = {
         SCHEDULE: result.schedule.to_json(),
+        "schedule.csv": _csv(result.schedule.columns()),
         TRACE: json.dumps(result.trace),
     }
     if result.status is RunStatus.DIVERGED:
@@ -234,6 +317,15 @@ def _tune(job: Job, learner: Learner, report: Report, interrupt: Interrupt) -> O
     pruned = result.status is RunStatus.PRUNED
     record = _record(job, val, metrics, result.cost, result.status, pruned, values)
     return Outcome(record, files)
+
+
+def _csv(columns: Mapping[str, list[float]]) -> str:
+    """The schedule as the table that optuna-dashboard previews."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue()
 
 
 def _norms(result: Result) -> dict[str, float]:

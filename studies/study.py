@@ -22,7 +22,7 @@ from bilevel.space import Space
 from studies.agreement import agree, agree_on_run, settings
 from studies.coordinator import Coordinator, best_trial
 from studies.events import Event
-from studies.executor import SCHEDULE, Job, in_process
+from studies.executor import SCHEDULE, Job, in_process, rehearse, restore
 from studies.files import Files
 from studies.record import TrialRecord
 from studies.sampling import derive_seed, make_pruner, make_sampler
@@ -170,6 +170,18 @@ class Study:
             )
         return self._files.download(trials[number], self._database, name)
 
+    def trained(self) -> Learner:
+        """Return the learner of the best trial, trained, at its final hyperparameters.
+
+        Raises:
+            ValueError: no trial is complete.
+            FileNotFoundError: the study's folder does not hold its final state any more.
+        """
+        best, run = self.best, self._study.user_attrs["run"]
+        values = self.space.values_from_params(best.params)
+        budget = Budget(**{k: v for k, v in run["budget"].items() if k != "type"})
+        return restore(self._job(best.number, values, budget, run["rungs"]))
+
     def table(self) -> Table:
         """Return the trials as a table for a terminal (`rich.print`)."""
         from studies.tables import trials_table
@@ -220,12 +232,14 @@ class Study:
             rungs: how often a trial reports its value, equally spaced over its budget.
             max_failed: share of failed trials (of at least 10) above which the study stops.
             on_event: called with each `studies.events.Event`.
-            checkpoint_seconds: wall time between two checkpoints of a trial, at rungs.
+            checkpoint_seconds: least wall time between two checkpoints of a trial.
 
         Raises:
             LockedError: another process runs this study.
             MismatchError: earlier trials had another budget or other rungs.
             TooManyFailuresError: see `max_failed`.
+            TypeError: an algorithm is to tune a learner that has no pure losses.
+            ValueError: the learner refuses the task, or has no such metric.
             KeyboardInterrupt: the study can be run again to go on.
         """
         integer("trials", trials, minimum=1)
@@ -235,20 +249,7 @@ class Study:
         budget = Budget.of(budget)
 
         def job(number: int, values: Mapping[str, Any]) -> Job:
-            return Job(
-                number=number,
-                seed=derive_seed(self.seed, "trial", number),
-                learner=self.learner,
-                task=self.task,
-                space=self.space,
-                values=values,
-                algorithm=self.algorithm,
-                budget=budget,
-                rungs=rungs,
-                metric=self.metric,
-                checkpoint=self._files.checkpoint(number),
-                checkpoint_seconds=checkpoint_seconds,
-            )
+            return self._job(number, values, budget, rungs, checkpoint_seconds)
 
         coordinator = Coordinator(
             study=self._study,
@@ -263,8 +264,33 @@ class Study:
         )
         with coordinator_lock(self._files.study, self.name):
             agree_on_run(self._study, self.storage, budget, rungs)
-            coordinator.run(trials)
+            if coordinator.unfinished(trials):
+                rehearse(job(0, self.space.defaults()))
+                coordinator.run(trials)
         return self
+
+    def _job(
+        self,
+        number: int,
+        values: Mapping[str, Any],
+        budget: Budget,
+        rungs: int,
+        checkpoint_seconds: float = 0.0,
+    ) -> Job:
+        return Job(
+            number=number,
+            seed=derive_seed(self.seed, "trial", number),
+            learner=self.learner,
+            task=self.task,
+            space=self.space,
+            values=values,
+            algorithm=self.algorithm,
+            budget=budget,
+            rungs=rungs,
+            metric=self.metric,
+            checkpoint=self._files.checkpoint(number),
+            checkpoint_seconds=checkpoint_seconds,
+        )
 
 
 def _check_owners(space: Space, algorithm: OuterAlgorithm[Any] | None) -> None:

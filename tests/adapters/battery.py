@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters import Learner, Task, Trainer, registry, tasks
-from bilevel import RunStatus
+from bilevel import Descent, Float, Grad, Inner, RunStatus, Space, tune
 from hypergrad import Unrolled, check_hypergradient
 
 __all__ = ["CHECKS", "LEARNERS", "Subject"]
@@ -35,7 +35,7 @@ class Subject:
         smooth: values at which its smooth hyperparameters are compared with central
             differences; kinks of the loss must not lie within the step of the differences.
         tolerance: largest relative error of that comparison.
-        diverging: values at which training must diverge; None where it cannot.
+        diverges: whether an absurd learning rate makes the loss infinite.
     """
 
     learner: type[Learner]
@@ -44,7 +44,7 @@ class Subject:
     hparams: Mapping[str, Any] = field(default_factory=dict)
     smooth: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-5
-    diverging: Mapping[str, Any] | None = None
+    diverges: bool = True
 
     def make_task(self, dtype: torch.dtype = torch.float32) -> Task:
         return tasks.get(self.task, **self.options).to(dtype)
@@ -64,6 +64,14 @@ LEARNERS: dict[str, Subject] = {
         smooth={**_SMALL, "activation": "tanh"},
     ),
 }
+
+
+def in_last_phase(learner: Learner) -> Trainer:
+    """Train until the last phase, where the gradient owns what it owns by default."""
+    assert isinstance(learner, Trainer)
+    while learner.phase != learner.phases[-1]:
+        learner.step()
+    return learner
 
 
 def numbers(learner: Learner, steps: int) -> list[dict[str, float]]:
@@ -159,31 +167,50 @@ def bad_inputs_raise(subject: Subject) -> None:
 
 
 def divergence_is_a_status(subject: Subject) -> None:
-    """A loss that is not finite ends the run; the weights before it are kept."""
+    """A loss that is not finite ends the run at the last weights where it was finite."""
     learner = subject.set_up()
     assert isinstance(learner, Trainer)
     learner.step()
+    good = {name: value.clone() for name, value in learner.params.items()}
+    learner.step()
     loss = learner.method.loss
-    kept = {name: value.clone() for name, value in learner.params.items()}
     learner.method.loss = lambda *args: loss(*args) * math.nan  # type: ignore[method-assign]
     for _ in range(2):
-        metrics = learner.step()
-        assert metrics.status is RunStatus.DIVERGED
-    assert all(torch.equal(kept[name], value) for name, value in learner.params.items())
-    assert math.isfinite(learner.evaluate("val")["loss"])
+        assert math.isnan(learner.step()["loss"])
+        assert learner.status is RunStatus.DIVERGED
+    learner.method.loss = loss  # type: ignore[method-assign]
+    metrics = learner.step()
+    assert (metrics.status, metrics.cost.gradients) == (RunStatus.DIVERGED, 0)
+    assert all(torch.equal(good[name], value) for name, value in learner.params.items())
+    assert learner.evaluate("val").status is RunStatus.DIVERGED
+    resumed = subject.set_up()
+    resumed.load_state_dict(learner.state_dict())
+    assert resumed.step().status is RunStatus.DIVERGED
+    assert dict(resumed.evaluate("val")) == dict(learner.evaluate("val"))
+
+
+def a_huge_learning_rate_diverges(subject: Subject) -> None:
+    space = subject.learner.space
+    if "lr" not in space:
+        pytest.skip("no learning rate")
+    free = Space({**space, "lr": Float(1e-9, 1e38, log=True)})
+    learner = subject.learner(free)
+    learner.setup(subject.make_task(), {**subject.hparams, "lr": 1e36}, seed=0)
+    losses = [learner.step() for _ in range(50)]
+    assert (losses[-1].status is RunStatus.DIVERGED) == subject.diverges
+    assert isinstance(learner, Trainer)
+    assert all(value.isfinite().all() for value in learner.params.values())
+    assert math.isfinite(learner.evaluate("train")["loss"])
 
 
 def steps_are_those_of_unrolled(subject: Subject) -> None:
     """Trainer steps and the forward pass of an unrolled hypergradient: the same bits."""
-    plainly, unrolled = subject.set_up(), subject.set_up()
-    assert isinstance(plainly, Trainer)
-    assert isinstance(unrolled, Trainer)
+    plainly, unrolled = (in_last_phase(subject.set_up()) for _ in range(2))
     for _ in range(4):
         plainly.step()
     estimator = Unrolled(unrolled.optimizer, steps=4)
-    hparams = {k: v.requires_grad_() for k, v in unrolled.hparams.items()}
     batches = unrolled.inner_batches(4)
-    args = (unrolled.problem, unrolled.params, hparams)
+    args = (unrolled.problem, unrolled.params, unrolled.hparams)
     found, state = estimator(
         *args, batches.__getitem__, unrolled.outer_batch(), estimator.init(*args)
     )
@@ -193,22 +220,44 @@ def steps_are_those_of_unrolled(subject: Subject) -> None:
 
 
 def smooth_hyperparameters_match_differences(subject: Subject) -> None:
-    learner = subject.set_up(dtype=torch.float64, **subject.smooth)
-    assert isinstance(learner, Trainer)
+    """Every `Grad` of the space, those that the sampler owns by default included."""
+    space = subject.learner.space
+    smooth = [name for name, domain in space.items() if isinstance(domain, Grad)]
+    learner = subject.learner(space.own(**dict.fromkeys(smooth, "grad")))
+    learner.setup(subject.make_task(torch.float64), {**subject.hparams, **subject.smooth}, seed=0)
+    in_last_phase(learner)
     for _ in range(2):
         learner.step()
+    assert isinstance(learner, Trainer)
     batches = learner.inner_batches(4)
     report = check_hypergradient(
         Unrolled(learner.optimizer, steps=4),
         learner.problem,
         learner.params,
-        {k: v.requires_grad_() for k, v in learner.hparams.items()},
+        learner.hparams,
         batches.__getitem__,
         learner.outer_batch(),
         tol=subject.tolerance,
     )
-    assert {row.name for row in report.rows} >= {f"hparams[{n!r}]" for n in learner.space.grad}
+    assert {row.name for row in report.rows} >= {f"hparams[{name!r}]" for name in learner.hparams}
     assert report.passed, str(report)
+
+
+def frozen_tensors_stay(subject: Subject) -> None:
+    learner = in_last_phase(subject.set_up())
+    before = {name: value.clone() for name, value in learner.frozen.items()}
+    numbers(learner, 5)
+    assert learner.frozen.keys() == before.keys()
+    assert all(torch.equal(before[name], value) for name, value in learner.frozen.items())
+
+
+def is_an_inner_level(subject: Subject) -> None:
+    """`tune` runs on it, and the schedule has every value."""
+    learner = in_last_phase(subject.set_up())
+    assert isinstance(learner, Inner)
+    result = tune(learner, Descent(), budget=6)
+    assert result.schedule["step"][-1] > 0
+    assert set(result.schedule.names) == set(learner.space.grad)
 
 
 CHECKS = [
@@ -220,6 +269,9 @@ CHECKS = [
     takes_random_draws,
     bad_inputs_raise,
     divergence_is_a_status,
+    a_huge_learning_rate_diverges,
     steps_are_those_of_unrolled,
     smooth_hyperparameters_match_differences,
+    frozen_tensors_stay,
+    is_an_inner_level,
 ]

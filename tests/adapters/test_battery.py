@@ -1,36 +1,44 @@
-"""The shared battery, over every learner of the registry and one of a user's own."""
+"""The shared battery: over the registry, a user's own methods, and every hook of the trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import pytest
-from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
-from adapters import Method, Trainer, registry
-from bilevel import Float, Grad, Space
+from adapters import Trainer, registry
+from tests.adapters import methods
 from tests.adapters.battery import CHECKS, LEARNERS, Subject
 
+CANCER = {"task": "breast_cancer", "options": {}}
+SMALL = {"width": 16, "depth": 1, "activation": "tanh"}
 
-class Focal(Method):
-    """Focal loss: easy samples weigh less (Lin et al., ICCV 2017, equation 4)."""
+OTHERS = {
+    "network with Adam": Subject(
+        registry.get("network"), hparams={**SMALL, "optimizer": "adam", "lr": 0.01}
+    ),
+    "network on a table": Subject(registry.get("network"), hparams=SMALL, **CANCER),  # type: ignore[arg-type]
+    **{
+        f"own: {method.name}": Subject(
+            Trainer.of(method),
+            hparams=hparams,
+            # Its weights p^ω vanish with the gradient when everything is wrong.
+            diverges=method is not methods.Confident,
+        )
+        for method, hparams in (
+            (methods.Focal, {}),
+            (methods.Linear, {}),
+            # Longer than the windows that are compared with Unrolled, which sees no hooks.
+            (methods.Normalized, {"interval": 9}),
+            (methods.Confident, {}),
+            (methods.Scaled, {"lr": 0.02}),
+            (methods.Adapter, {}),
+            (methods.TwoPhases, {"first": 20}),
+        )
+    },
+}
 
-    name = "focal"
-    space = Space(
-        lr=Float(1e-3, 1.0, log=True, default=0.1),
-        gamma=Grad(1.0, low=0.0, high=5.0, doc="focusing exponent"),
-    )
-
-    def loss(self, model: nn.Module, hparams: Mapping[str, Any], batch: Any) -> Tensor:
-        log_p = -F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
-        weight = (1 - log_p.exp()) ** hparams["gamma"]
-        loss: Tensor = -(weight * log_p).mean()
-        return loss
-
-
-SUBJECTS = {**LEARNERS, "focal (a user's own)": Subject(Trainer.of(Focal))}
+SUBJECTS = {**LEARNERS, **OTHERS}
 
 
 def test_the_battery_covers_the_registry() -> None:

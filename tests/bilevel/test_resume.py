@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapters import registry, tasks
 from bilevel import Callback, Descent, EarlyStopping, Grad, Result, RunStatus, Space, tune
-from bilevel.checkpoint import load, save
-from hypergrad import CG, SGD, Hyper, Implicit, Unrolled
-from tests.bilevel.problems import RIDGE, TRAIN, ridge_options
+from bilevel.checkpoint import load
+from hypergrad import CG, Implicit, Unrolled
+from tests.bilevel.problems import RIDGE, RULE, TRAIN, ridge_options
+from tests.signals import interruptible
 
 ROOT = Path(__file__).parents[2]
-RULE = SGD(lr=0.05, momentum=0.9)
-
-
-def interruptible() -> None:
-    """In a child: take SIGINT, which a process started in the background ignores."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def batch(t: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +31,7 @@ def batch(t: int) -> tuple[Tensor, Tensor]:
 
 def run(budget: int, algorithm: Any = None, **options: Any) -> Result:
     algorithm = algorithm or Descent(Implicit(CG(max_iter=5)), inner_steps=2)
-    options = {"optimizer": RULE, "seed": 3, "evaluate_every": 2, **options}
+    options = {"seed": 3, "evaluate_every": 2, **options}
     return tune(RIDGE, algorithm, budget, **ridge_options(inner_batch=batch), **options)
 
 
@@ -64,10 +60,11 @@ ALGORITHMS = {
 @pytest.mark.parametrize("at", [1, 7])
 def test_interrupted_and_resumed(name: str, at: int, tmp_path: Path) -> None:
     algorithm, path = ALGORITHMS[name], tmp_path / "run.pt"
-    whole = run(40, algorithm, callbacks=[Callback()])
+    whole = run(40, algorithm)
     with pytest.raises(KeyboardInterrupt):
-        run(40, algorithm, callbacks=[Interrupt(at)], checkpoint=path, checkpoint_every=100)
-    resumed = run(40, algorithm, callbacks=[Callback()], resume=path)
+        run(40, algorithm, callbacks=[Interrupt(at)], checkpoint=path)
+    assert load(path)["run"]["status"] == "interrupted"
+    resumed = run(40, algorithm, resume=path)
     assert len(whole.trace) == 20
     assert numbers(resumed) == numbers(whole)
 
@@ -83,20 +80,106 @@ def test_a_saved_result_goes_on(tmp_path: Path) -> None:
     assert numbers(run(40, resume=saved)) == numbers(run(40))
 
 
-def test_early_stopping_decides_alike_after_a_resume(tmp_path: Path) -> None:
-    def go(**options: Any) -> Result:
-        return run(400, callbacks=[EarlyStopping(4), *options.pop("more", [])], **options)
+@pytest.mark.parametrize("before_the_end", [0, 1, 2])
+@pytest.mark.parametrize("first", [True, False])
+def test_early_stopping_decides_alike(before_the_end: int, first: bool, tmp_path: Path) -> None:
+    """Whether it sees an outer step before or after the callback that is interrupted in it."""
+    path, options = tmp_path / "run.pt", {"evaluate_every": 1}
+    whole = run(400, callbacks=[EarlyStopping(4)], **options)
+    callbacks = [EarlyStopping(4), Interrupt(len(whole.trace) - before_the_end)]
+    with pytest.raises(KeyboardInterrupt):
+        run(400, callbacks=callbacks[:: 1 if first else -1], checkpoint=path, **options)
+    again = run(400, callbacks=[EarlyStopping(4)], resume=path, **options)
+    assert whole.status is again.status is RunStatus.EARLY_STOPPED
+    assert again.reason == whole.reason
+    assert numbers(again) == numbers(whole)
+    # A run that has ended stays so.
+    assert numbers(whole.resume(800)) == numbers(whole)
 
-    whole = go(more=[Callback()])
+
+class Counter(Callback):
+    """Keeps a state of its own."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_outer_step(self, run: Any) -> None:
+        self.count += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
+
+
+def test_the_state_of_a_callback_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     with pytest.raises(KeyboardInterrupt):
-        go(more=[Interrupt(len(whole.trace) - 2)], checkpoint=path)
-    again = go(more=[Callback()], resume=path)
-    assert whole.status is again.status is RunStatus.EARLY_STOPPED
-    assert numbers(again) == numbers(whole)
+        run(40, callbacks=[Interrupt(7), Counter(), Callback()], checkpoint=path)
+    counter = Counter()
+    run(40, callbacks=[counter], resume=path)
+    assert counter.count == 20
+
+
+class Fail(Callback):
+    def on_outer_step(self, run: Any) -> None:
+        if run.outer_steps == 7:
+            raise RuntimeError("a bug")
+
+
+def test_an_error_loses_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(40, callbacks=[Fail()], checkpoint=path)
+    assert len(load(path)["run"]["trace"]) == 7
+    assert numbers(run(40, resume=path)) == numbers(run(40))
+
+
+def test_an_interrupt_inside_a_step_goes_back_to_the_last_whole_one(tmp_path: Path) -> None:
+    path, calls = tmp_path / "run.pt", [0]
+
+    def interrupted(t: int) -> tuple[Tensor, Tensor]:
+        calls[0] += 1
+        if calls[0] == 14:
+            raise KeyboardInterrupt
+        return batch(t)
+
+    options = ridge_options(inner_batch=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tune(
+            RIDGE, ALGORITHMS["implicit"], 40, seed=3, evaluate_every=2, checkpoint=path, **options
+        )
+    assert len(load(path)["run"]["trace"]) == 4
+    assert numbers(run(40, resume=path)) == numbers(run(40))
+
+
+def test_a_retreat_goes_on_alike(tmp_path: Path) -> None:
+    """The step after the interrupt is one that diverges, and is tried again."""
+
+    def fragile(t: int) -> tuple[Tensor, Tensor]:
+        if t == 16 and not broken:
+            broken.append(t)
+            return TRAIN[0], TRAIN[1] * math.nan
+        return batch(t)
+
+    def go(**options: Any) -> Result:
+        broken.clear()
+        options |= ridge_options(inner_batch=fragile)
+        return tune(RIDGE, ALGORITHMS["implicit"], 40, seed=3, evaluate_every=2, **options)
+
+    broken: list[int] = []
+    whole = go()
+    assert whole.trace[5]["retreats"] == 1
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        go(callbacks=[Interrupt(5)], checkpoint=path)
+    assert numbers(go(resume=path)) == numbers(whole)
 
 
 def test_a_learner_goes_on(tmp_path: Path) -> None:
+    from adapters import registry, tasks
+
     def go(budget: int, **options: Any) -> Result:
         learner = registry.get("network")()
         learner.setup(tasks.get("digits", n_train=100), {"width": 16}, seed=1)
@@ -109,6 +192,18 @@ def test_a_learner_goes_on(tmp_path: Path) -> None:
     assert whole.test == resumed.test
 
 
+def test_every_outer_step_may_be_stored(tmp_path: Path) -> None:
+    class Look(Callback):
+        def on_outer_step(self, run: Any) -> None:
+            if run.outer_steps > 1:
+                stored = load(path)["run"]
+                assert len(stored["trace"]) == stored["outer_steps"] == run.outer_steps - 1
+
+    path = tmp_path / "run.pt"
+    run(12, callbacks=[Look()], checkpoint=path, checkpoint_every=0)
+    assert load(path)["run"]["status"] == "max_iter"
+
+
 def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     run(10, checkpoint=path)
@@ -117,19 +212,9 @@ def test_other_settings_are_refused_and_listed(tmp_path: Path) -> None:
         run(20, other, resume=path)
     space = Space(penalty=Grad(1.0, low=1e-4, high=5.0, scale="log"))
     with pytest.raises(ValueError, match="penalty: high"):
-        tune(RIDGE, ALGORITHMS["implicit"], 20, optimizer=RULE, resume=path,
-             **ridge_options(space=space))  # fmt: skip
-    with pytest.raises(ValueError, match="0 callbacks, but now there are 1"):
-        run(20, callbacks=[Callback()], resume=path)
-
-
-def test_a_failed_write_keeps_the_earlier_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    save(path, {"step": 1})
-    with pytest.raises(TypeError, match=r"checkpoint\['step'\] is a builtins.set"):
-        save(path, {"step": {1, 2}})
-    assert load(path) == {"step": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+        tune(RIDGE, ALGORITHMS["implicit"], 20, resume=path, **ridge_options(space=space))
+    with pytest.raises(ValueError, match=r"callbacks: \[\] before, \['Counter'\] now"):
+        run(20, callbacks=[Counter()], resume=path)
 
 
 SCRIPT = """
@@ -139,7 +224,7 @@ class Slow(Callback):
     def on_outer_step(self, run):
         print(run.outer_steps, flush=True)
         time.sleep(0.05)
-run(400, callbacks=[Slow()], checkpoint=sys.argv[1], checkpoint_every=3)
+run(400, callbacks=[Slow()], checkpoint=sys.argv[1], checkpoint_every=0.1)
 """
 
 
@@ -159,17 +244,5 @@ def test_real_signals_leave_a_valid_checkpoint(kill: signal.Signals, tmp_path: P
     process.stdout.close()
     assert process.wait(timeout=60) != 0
     done = len(load(path)["run"]["trace"])
-    assert done >= 6
-    resumed = run(60, callbacks=[Callback()], resume=path)
-    assert numbers(resumed) == numbers(run(60, callbacks=[Callback()]))
-
-
-def test_tuned_optimizer_state_is_kept() -> None:
-    """Momentum of the inner optimizer continues across outer steps."""
-    algorithm = Descent(Unrolled(SGD(lr=Hyper("rate"), momentum=0.9), steps=3), lr=0.0)
-    space = Space(penalty=Grad(1.0, low=1e-4), rate=Grad(0.05, low=1e-4, high=1.0))
-    options = ridge_options(space=space)
-    tuned = tune(RIDGE, algorithm, 12, **options)
-    plain = tune(RIDGE, Descent(Implicit(), inner_steps=12, lr=0.0), 12,
-                 optimizer=SGD(lr=0.05, momentum=0.9), **ridge_options())  # fmt: skip
-    assert torch.allclose(tuned.params["w"], plain.params["w"], rtol=1e-6)
+    assert done >= 3
+    assert numbers(run(60, resume=path)) == numbers(run(60))

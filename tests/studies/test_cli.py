@@ -12,14 +12,10 @@ from pathlib import Path
 import pytest
 
 from studies.cli import main
+from tests.signals import interruptible
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--seeds", "1", "--trials", "2", "--budget", "400"]
-
-
-def interruptible() -> None:
-    """In a child: take SIGINT, which a process started in the background ignores."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def bilevel(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:

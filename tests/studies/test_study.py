@@ -20,19 +20,15 @@ from adapters import Method, Trainer, registry, tasks
 from bilevel import Choice, Descent, Float, Grad, Int, Space
 from hypergrad import Unrolled
 from studies import Finished, MismatchError, StorageError, Study, TooManyFailuresError
+from tests.signals import interruptible
 
 ROOT = Path(__file__).parents[2]
 NETWORK = registry.get("network")
 ALGORITHM = Descent(Unrolled(steps=5), lr=0.1)
 TASK = tasks.get("digits", noise=0.2, n_train=100)
-SMALL = NETWORK.space.fix(width=16, depth=1)
+SMALL = NETWORK.space.own(lr="grad", momentum="grad").fix(width=16, depth=1)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-
-
-def interruptible() -> None:
-    """In a child: take SIGINT, which a process started in the background ignores."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def study(folder: Path, name: str = "s", **options: Any) -> Study:
