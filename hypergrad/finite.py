@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
 
 from hypergrad.estimator import Estimator, Hypergradient
-from hypergrad.flat import FlatSpace
+from hypergrad.first_order import check_precision, cross_difference, devices
+from hypergrad.optimizers.flat import flatten, widen
 from hypergrad.outer import outer_gradients, total_gradient
-from hypergrad.problem import Problem, evaluate, inner_gradient
+from hypergrad.problem import Problem, inner_gradient
 from hypergrad.randomness import RandomState
 from hypergrad.status import Status
-from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves
+from hypergrad.tree import Tree, hyper_leaves, trainable_leaves
 
 __all__ = ["FiniteDifference"]
 
@@ -32,12 +31,13 @@ class FiniteDifference(Estimator[FiniteDifferenceState]):
         dF/dh ≈ ∂F/∂h(w', h) − ξ [∇_h f(w + εv, h) − ∇_h f(w − εv, h)] / (2ε)
 
     with ε = epsilon / ‖v‖.  Four gradients, whatever the size.  Biased: it is the hypergradient
-    of a single inner step.  Both evaluations of the difference draw the same random numbers,
-    and perturbed weights are copies.
+    of a single inner step.  `value` is F(w', h); `params` are the given ones, as w' is only a
+    look ahead.  Both evaluations of the difference draw the random numbers of the inner step
+    again, and perturbed weights are copies.
 
     Attributes:
         lr: ξ, the size of the virtual inner step.
-        epsilon: length of the perturbation εv.
+        epsilon: length of the perturbation εv, in the units of w.
 
     Source: Liu, Simonyan and Yang 2019, equations 7 and 8.
     """
@@ -64,13 +64,17 @@ class FiniteDifference(Estimator[FiniteDifferenceState]):
         state: FiniteDifferenceState,
     ) -> tuple[Hypergradient, FiniteDifferenceState]:
         w, h = trainable_leaves(params), hyper_leaves(hparams)
+        check_precision("FiniteDifference", w)
+        random = RandomState.capture(devices(w, h))
         _, gradient = inner_gradient(problem, w, h, inner_batch, create_graph=False)
-        ahead = _moved(w, gradient, -self.lr)
-        value, v, direct = outer_gradients(problem, ahead, h, outer_batch)
-        length = float(FlatSpace.of(v).pack(v).norm())
-        # At v = 0 any ε gives the zero product, and still tells which hyperparameters enter f.
-        epsilon = self.epsilon / length if length > 0 else self.epsilon
-        indirect = self._cross_product(problem, w, h, inner_batch, v, epsilon)
+        moved = [
+            torch.add(t.detach(), g, alpha=-self.lr).requires_grad_()
+            for t, g in zip(w.tensors, gradient, strict=True)
+        ]
+        value, v, direct = outer_gradients(problem, replace(w, tensors=moved), h, outer_batch)
+        direction = widen(flatten(v))
+        cross = cross_difference(problem, w, h, inner_batch, direction, self.epsilon, random)
+        indirect = [None if c is None else -self.lr * c for c in cross]
         hypergradient = Hypergradient(
             value=value,
             grad=total_gradient(h, direct, indirect, " in one inner step"),
@@ -82,38 +86,3 @@ class FiniteDifference(Estimator[FiniteDifferenceState]):
             status=Status.APPROXIMATE,
         )
         return hypergradient, state
-
-    def _cross_product(
-        self,
-        problem: Problem,
-        w: Leaves,
-        h: Leaves,
-        batch: Any,
-        v: Sequence[Tensor],
-        epsilon: float,
-    ) -> list[Tensor | None]:
-        random = RandomState.capture(t.device for t in w.tensors)
-        ahead = _hyper_gradient(problem, _moved(w, v, epsilon), h, batch)
-        random.restore()
-        behind = _hyper_gradient(problem, _moved(w, v, -epsilon), h, batch)
-        return [
-            None if a is None or b is None else (a - b) * (-self.lr / (2 * epsilon))
-            for a, b in zip(ahead, behind, strict=True)
-        ]
-
-
-def _moved(w: Leaves, direction: Sequence[Tensor], length: float) -> Leaves:
-    """Return fresh leaves at w + length · direction."""
-    moved = [
-        torch.add(t.detach(), d.to(t.dtype), alpha=length).requires_grad_()
-        for t, d in zip(w.tensors, direction, strict=True)
-    ]
-    return replace(w, tensors=moved)
-
-
-def _hyper_gradient(problem: Problem, w: Leaves, h: Leaves, batch: Any) -> list[Tensor | None]:
-    with torch.enable_grad():
-        value = evaluate(problem.inner_loss, "inner_loss", w, h, batch)
-        if not value.requires_grad:
-            return [None] * len(h.tensors)
-        return list(torch.autograd.grad(value, h.tensors, allow_unused=True))

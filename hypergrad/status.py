@@ -26,7 +26,7 @@ class Status(Enum):
         "add damping or use a GGN operator",
     )
     BREAKDOWN = "breakdown", False, "the operator is singular, or not symmetric, along a direction"
-    DIVERGED = "diverged", False, "the residual grew beyond its start"
+    DIVERGED = "diverged", False, "the residual grew: the iteration does not contract"
 
     ok: bool
     message: str

@@ -163,7 +163,8 @@ class BOME(_ValueFunction):
     or η q, so that λ sets itself; λ = 0 where ∇q = 0.
 
     A single sequence w moves, by its own rule: it follows the outer loss as far as q allows, and
-    is an inner minimum in the limit only (`state["gap"]` tells how far it is).
+    is an inner minimum in the limit only (`state["gap"]` tells how far it is).  Until then
+    `value` is lower than F(w*(h), h), and w has seen the outer data: train anew at the h found.
     `Hypergradient.params` and `value` are taken after the move, the derivative before it.
     The theory has one step size for w and h: pair it with plain gradient descent on h.
 
@@ -217,8 +218,9 @@ class PBGD(_ValueFunction):
     fits at every γ.  That of h must shrink like 1/γ, because w follows h by one step a call;
     `F2SA`, which lets it follow by T, has no such limit.
 
-    `Hypergradient.params` and `value` are taken after the move of w, the derivative before it.
-    `state["gap"]` is f(w, h) − f(w_T, h).
+    As with `BOME`, w has seen the outer data and `value` is lower than F(w*(h), h), here also in
+    the limit; `state["gap"]` is f(w, h) − f(w_T, h).  Train anew at the h found.
+    `Hypergradient.params` and `value` are taken after the move, the derivative before it.
 
     Cost: T + 3 gradients and one more value of F; memory of plain training.
 

@@ -34,5 +34,5 @@ class Identity(LinearSolver):
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be positive and finite, but got {self.scale}.")
 
-    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None) -> Solution:
+    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None, size: float) -> Solution:
         return Solution(self.scale * b, None, 0, Status.APPROXIMATE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,13 +59,25 @@ class LinearSolver(ABC):
         for name, vector in (("b", b), ("x0", x0)):
             if vector is not None and not bool(torch.isfinite(vector).all()):
                 raise FloatingPointError(f"{name} must be finite, but has NaN or infinite entries.")
-        if not bool(b.any()):
+        largest = float(b.abs().max()) if b.numel() else 0.0
+        if largest == 0.0:
             return Solution(torch.zeros_like(b), 0.0, 0, Status.CONVERGED)
-        return self._solve(matvec, b, x0)
+        # In two steps, because squares of large or small entries leave the range of float32.
+        scaled = b / largest
+        size = largest * norm(scaled)
+        found = self._solve(matvec, scaled / norm(scaled), None if x0 is None else x0 / size, size)
+        return replace(found, x=size * found.x)
 
     @abstractmethod
-    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None) -> Solution:
-        """Solve with checked arguments and b ≠ 0."""
+    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None, size: float) -> Solution:
+        """Solve with checked arguments and ‖b‖ = 1, so that residuals are relative.
+
+        Args:
+            matvec: see `solve`.
+            b: right-hand side divided by its norm.
+            x0: start divided by the same number.
+            size: that number, for absolute tolerances.
+        """
 
 
 def norm(v: Tensor) -> float:
@@ -74,10 +86,13 @@ def norm(v: Tensor) -> float:
 
 
 def start(matvec: Matvec, b: Tensor, x0: Tensor | None) -> tuple[Tensor, Tensor, int]:
-    """Return x, its residual b − A x, and the products used; a start worse than 0 is dropped."""
+    """Return x, its residual b − A x, and the products used, for ‖b‖ = 1.
+
+    A start worse than zero is dropped.
+    """
     if x0 is not None and bool(x0.any()):
         r = b - matvec(x0)
-        if norm(r) < norm(b):
+        if norm(r) < 1.0:
             return x0, r, 1
         return torch.zeros_like(b), b, 1
     return torch.zeros_like(b), b, 0

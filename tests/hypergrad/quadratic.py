@@ -24,7 +24,7 @@ def _spd(n: int) -> Tensor:
 
 A, C = _spd(4), _spd(4)
 B, OFFSET, TARGET = 0.5 * _normal(4, 3), _normal(4), _normal(4)
-RHO = 0.2
+RHO = 1.0
 H = _normal(3)
 
 

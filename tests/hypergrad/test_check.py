@@ -85,6 +85,23 @@ def test_a_random_loss_is_reported() -> None:
     assert "seed in the batch" in str(report)
 
 
+def test_a_loss_with_jumps_is_inconclusive() -> None:
+    """Its differences are noise; agreement within noise must not pass."""
+    case = ridge()
+
+    def jumping(params: Any, hparams: Any, batch: Any) -> Tensor:
+        smooth = case.problem.outer_loss(params, hparams, batch)
+        return smooth + torch.remainder(1e9 * smooth.detach(), 1.0)
+
+    report = check(
+        Implicit(CG(rtol=1e-12)), replace(case, problem=Problem(case.problem.inner_loss, jumping))
+    )
+    assert report.deterministic
+    assert not report.conclusive
+    assert not report.passed
+    assert "mostly noise" in str(report)
+
+
 def test_an_unsolved_inner_problem_is_reported() -> None:
     report = check(Implicit(CG(rtol=1e-12)), ridge(), solve=lambda params, hparams: params)
     assert report.inner_gradient > 1e-3

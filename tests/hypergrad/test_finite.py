@@ -53,6 +53,24 @@ def test_both_evaluations_share_the_dropout_masks() -> None:
     assert float((coarse - fine).norm() / fine.norm()) < 1e-3
 
 
+def test_draws_as_one_inner_and_one_outer_evaluation_do() -> None:
+    from tests.hypergrad.problems import _dropout, module
+
+    case = module(_dropout, seeded=False)
+    torch.manual_seed(0)
+    estimate(FiniteDifference(), case)
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    case.problem.inner_loss(case.params, case.hparams, case.inner)
+    case.problem.outer_loss(case.params, case.hparams, case.outer)
+    assert torch.equal(torch.rand(1), after)
+
+
+def test_params_too_coarse_for_a_difference_are_refused() -> None:
+    with pytest.raises(ValueError, match="bfloat16"):
+        estimate(FiniteDifference(), ridge(torch.bfloat16))
+
+
 @pytest.mark.parametrize("name", ["batch_norm", "dropout", "mlp"])
 def test_arguments_stay_untouched(name: str) -> None:
     case = CASES[name]()

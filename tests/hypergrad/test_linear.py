@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ SOLVERS: list[LinearSolver] = [
     CG(rtol=1e-12),
     Neumann(terms=4000, rtol=1e-12),
     Neumann(terms=4000, step=0.1, rtol=1e-12),
-    Direct(),
+    Direct(chunk=1),  # one by one, so that the products can be counted
 ]
 
 
@@ -65,6 +66,16 @@ class TestEverySolver:
             float((a @ found.x - b).norm() / b.norm()), abs=1e-12
         )
 
+    @pytest.mark.parametrize("scale", [1e-30, 1e30])
+    def test_any_size_of_the_right_hand_side(self, solver: LinearSolver, scale: float) -> None:
+        """Squared in float32, either leaves its range."""
+        a, b = matrix([1.0, 5.0, 7.0]).float(), vector(3).float()
+        found = replace(solver, **({"rtol": 1e-4} if hasattr(solver, "rtol") else {})).solve(
+            lambda v: a @ v, scale * b, 0.9 * scale * torch.linalg.solve(a, b)
+        )
+        assert found.status.ok
+        assert torch.allclose(found.x / scale, torch.linalg.solve(a, b), rtol=1e-3)
+
     def test_zero_right_hand_side(self, solver: LinearSolver) -> None:
         product, count = counted(matrix([1.0, 2.0]))
         found = solver.solve(product, torch.zeros(2, dtype=torch.float64))
@@ -75,6 +86,21 @@ class TestEverySolver:
         a = matrix([0.0, 1.0, 3.0])
         found = solver.solve(lambda v: a @ v, vector(3))
         assert not found.status.ok
+        assert found.residual is not None
+        assert found.residual > 1e-3
+
+    @settings(max_examples=25, deadline=None)
+    @given(seed=st.integers(0, 1000), nullity=st.integers(1, 2), rank=st.integers(1, 6))
+    def test_singular_never_explodes_nor_lies(
+        self, solver: LinearSolver, seed: int, nullity: int, rank: int
+    ) -> None:
+        """Rounding makes a zero eigenvalue 1e-17: inverted, it gives an x of size 1e16."""
+        a = matrix([0.0] * nullity + [1.0 + 2 * k for k in range(rank)], seed)
+        b = vector(nullity + rank, seed + 1)
+        found = solver.solve(lambda v: a @ v, b)
+        assert not found.status.ok
+        assert float(found.x.norm()) < 1e5
+        assert found.residual == pytest.approx(float((a @ found.x - b).norm() / b.norm()))
 
 
 class TestCG:
@@ -106,11 +132,10 @@ class TestCG:
         exact = torch.linalg.solve(a + torch.eye(2, dtype=a.dtype), b)
         assert torch.allclose(found.x, exact, rtol=1e-10)
 
-    def test_warm_start_at_the_solution_needs_no_iteration(self) -> None:
+    def test_warm_start_at_the_solution_needs_one_product(self) -> None:
         a, b = matrix([1.0, 5.0, 7.0]), vector(3)
         found = CG(rtol=1e-8).solve(lambda v: a @ v, b, torch.linalg.solve(a, b))
-        assert found.n_matvec <= 2  # the residual at the start, and its check
-        assert found.status is Status.CONVERGED
+        assert (found.n_matvec, found.status) == (1, Status.CONVERGED)
 
     def test_warm_start_worse_than_zero_is_not_used(self) -> None:
         a, b = matrix([1.0, 5.0, 7.0]), vector(3)
@@ -118,12 +143,22 @@ class TestCG:
         cold = CG(rtol=0.0, max_iter=2).solve(lambda v: a @ v, b)
         assert torch.equal(bad.x, cold.x)
 
-    def test_unreachable_tolerance_in_float32_is_not_claimed(self) -> None:
-        a = matrix([1e-4, 1.0, 10.0, 100.0]).float()
-        found = CG(rtol=1e-9, max_iter=500).solve(lambda v: a @ v, vector(4).float())
+    @pytest.mark.parametrize("rtol", [0.0, 1e-9])
+    @pytest.mark.parametrize("max_iter", [60, 500])
+    def test_unreachable_tolerance_in_float32_is_not_claimed(
+        self, rtol: float, max_iter: int
+    ) -> None:
+        """The recursive residual goes on to 1e-24; the true one stays near 1e-6."""
+        a = matrix([10.0 ** (-k / 10) for k in range(40)]).float()
+        b = vector(40).float()
+        found = CG(rtol=rtol, max_iter=max_iter).solve(lambda v: a @ v, b)
+        true = float((a.double() @ found.x.double() - b.double()).norm() / b.double().norm())
         assert found.status in (Status.STALLED, Status.MAX_ITER)
-        assert found.residual is not None
-        assert found.residual > 1e-9
+        assert found.residual == pytest.approx(true, rel=0.3)
+
+    def test_product_that_is_not_finite(self) -> None:
+        with pytest.raises(FloatingPointError, match="curvature"):
+            CG().solve(lambda v: v * torch.nan, vector(3))
 
     def test_tolerance_is_met_by_the_true_residual(self) -> None:
         a = matrix([10.0 ** (-k / 2) for k in range(12)])
@@ -131,6 +166,13 @@ class TestCG:
         found = CG(rtol=1e-7, max_iter=400).solve(lambda v: a @ v, b)
         assert found.status is Status.CONVERGED
         assert float((a @ found.x - b).norm()) <= 1e-7 * float(b.norm())
+
+    def test_absolute_tolerance_is_in_the_units_of_the_system(self) -> None:
+        a, b = matrix([1.0 + k for k in range(20)]), 1e3 * vector(20)
+        found = CG(rtol=0.0, atol=1.0).solve(lambda v: a @ v, b)
+        error = float((a @ found.x - b).norm())
+        assert found.status is Status.CONVERGED
+        assert 1e-3 < error <= 1.0
 
 
 class TestNeumann:
@@ -149,6 +191,20 @@ class TestNeumann:
         assert found.residual is not None
         assert found.residual <= 1.0
 
+    def test_float32_residual_is_the_true_one(self) -> None:
+        """The series of residuals goes to zero; b − Ax does not."""
+        a, b = matrix([1e-2, 1.0, 10.0]).float(), vector(3).float()
+        found = Neumann(terms=20_000, rtol=1e-9).solve(lambda v: a @ v, b)
+        true = float((a.double() @ found.x.double() - b.double()).norm() / b.double().norm())
+        assert found.status is Status.MAX_ITER
+        assert found.residual == pytest.approx(true, rel=0.5)
+
+    def test_automatic_step_is_safe(self) -> None:
+        a = matrix([0.1, 1.0, 30.0])
+        step, used = Neumann(power_iterations=30)._step(lambda v: a @ v, vector(3))
+        assert 0.5 / 30 < step < 2 / 30
+        assert used < 30
+
 
 class TestDirect:
     def test_refuses_large_problems(self) -> None:
@@ -160,6 +216,24 @@ class TestDirect:
         found = Direct().solve(lambda v: a @ v, b)
         assert torch.allclose(found.x, torch.linalg.solve(a, b))
         assert found.status is Status.NEGATIVE_CURVATURE
+
+    def test_products_together_are_the_products_one_by_one(self) -> None:
+        a, b = matrix([1.0, 2.0, 5.0, 6.0, 9.0]), vector(5)
+        together = Direct(chunk=2).solve(lambda v: a @ v, b)
+        assert torch.allclose(together.x, Direct(chunk=1).solve(lambda v: a @ v, b).x, rtol=1e-14)
+        assert together.n_matvec == 5
+
+    def test_a_matrix_without_symmetry_is_not_symmetrized(self) -> None:
+        a, b = torch.tensor([[2.0, 3.0], [0.0, 4.0]]).double(), vector(2)
+        found = Direct().solve(lambda v: a @ v, b)
+        assert torch.allclose(found.x, torch.linalg.solve(a, b), rtol=1e-12)
+        assert found.status is Status.EXACT
+
+    def test_singular_without_symmetry(self) -> None:
+        a, b = torch.tensor([[1.0, 3.0], [2.0, 6.0]]).double(), vector(2)
+        found = Direct().solve(lambda v: a @ v, b)
+        assert torch.allclose(found.x, torch.linalg.pinv(a) @ b, rtol=1e-10)
+        assert found.status is Status.BREAKDOWN
 
 
 def test_identity_makes_no_product() -> None:
@@ -178,6 +252,7 @@ def test_identity_makes_no_product() -> None:
         (lambda: Neumann(terms=0), "at least 1, but got 0"),
         (lambda: Neumann(step=-1.0), "step must be positive or 'auto', but got -1.0"),
         (lambda: Neumann(power_iterations=0), "power_iterations"),
+        (lambda: Direct(chunk=0), "chunk must be at least 1, but got 0"),
         (lambda: Identity(scale=0.0), "scale must be positive and finite, but got 0.0"),
     ],
 )

@@ -93,6 +93,14 @@ def test_ggn_checks_its_parts() -> None:
         GGN(outputs, criterion).at(PROBLEM, trainable_leaves(PARAMS), hyper_leaves(HPARAMS), X)
 
 
+def test_ggn_notices_a_small_part_that_is_missing() -> None:
+    """In float64 a penalty of 1e-6 of the loss is not rounding."""
+    tiny = trained({"log_wd": torch.tensor(-16.0, dtype=torch.float64)})
+    with pytest.raises(ValueError, match="must be the inner loss"):
+        GGN(outputs, criterion).at(PROBLEM, trainable_leaves(PARAMS), hyper_leaves(tiny), X)
+    GGN(outputs, criterion, penalty).at(PROBLEM, trainable_leaves(PARAMS), hyper_leaves(tiny), X)
+
+
 def test_ggn_parts_share_the_dropout_masks_of_the_loss() -> None:
     def noisy(params: dict, hparams: dict, batch: Tensor) -> Tensor:
         return F.dropout(torch.tanh(batch @ params["a"]), 0.5) @ params["b"]
