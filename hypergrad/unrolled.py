@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, TypedDict, get_args
 
 import torch
 
@@ -12,19 +11,17 @@ from hypergrad.attention import math_attention
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.optimizers import Optimizer, as_optimizer
 from hypergrad.optimizers.base import State
-from hypergrad.optimizers.flat import flatten, widen
+from hypergrad.optimizers.flat import flatten
 from hypergrad.optimizers.values import constants
 from hypergrad.outer import outer_gradients, total_gradient
 from hypergrad.problem import Problem
-from hypergrad.randomness import RandomState
 from hypergrad.status import Status
-from hypergrad.tape import Adjoint, Tape
+from hypergrad.tape import Tape
 from hypergrad.training import Loop, detached
-from hypergrad.tree import Tree, hyper_leaves, trainable_leaves
+from hypergrad.trajectory import Memory, Trajectory, trace
+from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves
 
 __all__ = ["Unrolled", "UnrolledState"]
-
-Memory = Literal["graph", "replay", "segments"]
 
 
 class UnrolledState(TypedDict):
@@ -127,46 +124,40 @@ class Unrolled(Estimator[UnrolledState]):
         outer_batch: Any,
         state: UnrolledState,
     ) -> tuple[Hypergradient, UnrolledState]:
-        optimizer = check_optimizer("Unrolled", self.optimizer)
         leaves, hyper = trainable_leaves(params), hyper_leaves(hparams)
-        with torch.enable_grad():
-            values = optimizer.resolve(hyper.tree(), leaves)
-        loop = Loop(problem, leaves, detached(hyper), optimizer, constants(values), inner_batch)
-        tape = Tape(loop, hyper)
-
+        trajectory = self.trace(problem, leaves, hyper, inner_batch, state["optimizer"])
+        at = trajectory.tape.loop.at(trajectory.flat)
+        value, w_bar, direct = outer_gradients(problem, at, hyper, outer_batch)
+        pulled = trajectory.pullback(flatten(w_bar))
         window = self.truncation or self.steps
-        first = self.steps - window
-        length = {"graph": window, "replay": 1, "segments": math.isqrt(window)}[self.memory]
-        begins = range(first, self.steps, length)
-
-        flat, inner = loop.start(state["optimizer"])
-        for t in range(first):
-            _, flat, inner = loop.step(t, flat, inner)
-        segments = []
-        for begin in begins[:-1]:
-            segment, flat, inner = tape.run(begin, begin + length, flat, inner)
-            segments.append(segment)
-        records, _, flat, inner = tape.record(begins[-1], self.steps, flat, inner)
-
-        value, w_bar, direct = outer_gradients(problem, loop.at(flat), hyper, outer_batch)
-        adjoint = Adjoint(tape, values, widen(flatten(w_bar)))
-        adjoint.walk(records)
-        if segments:
-            with RandomState.capture(tape.devices).restored_after():
-                while segments:
-                    adjoint.walk(tape.replay(segments.pop()))
-
         hypergradient = Hypergradient(
             value=value,
-            grad=total_gradient(hyper, direct, adjoint.indirect(), ", nor the optimizer"),
-            params=loop.params(flat),
+            grad=total_gradient(hyper, direct, pulled.hyper, ", nor the optimizer"),
+            params=trajectory.params(),
             residual=None,
             error_bound=None,
             n_hvp=window,
-            n_grad=self.steps + begins[-1] - first + 1,
-            status=Status.EXACT if first == 0 else Status.APPROXIMATE,
+            n_grad=trajectory.n_grad + 1,
+            status=Status.EXACT if window == self.steps else Status.APPROXIMATE,
         )
-        return hypergradient, {"optimizer": inner}
+        return hypergradient, {"optimizer": trajectory.state}
+
+    def trace(
+        self,
+        problem: Problem,
+        params: Leaves,
+        hparams: Leaves,
+        inner_batch: Any,
+        optimizer_state: State | None,
+    ) -> Trajectory:
+        """Run the inner optimization forward, ready to be pulled back; errors as in a call."""
+        optimizer = check_optimizer("Unrolled", self.optimizer)
+        with torch.enable_grad():
+            values = optimizer.resolve(hparams.tree(), params)
+        loop = Loop(problem, params, detached(hparams), optimizer, constants(values), inner_batch)
+        window = self.truncation or self.steps
+        tape = Tape(loop, hparams)
+        return trace(tape, values, optimizer_state, self.steps, window, self.memory)
 
 
 def check_steps(name: str, steps: int) -> None:
