@@ -23,6 +23,7 @@ class Swap:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._places: dict[str, list[tuple[dict[str, Tensor | None], str]]] = {}
+        self._buffers = [name for name, _ in module.named_buffers()]
         first: dict[int, str] = {}
         for prefix, owner in module.named_modules():
             for kind in (owner._parameters, owner._buffers):
@@ -31,6 +32,15 @@ class Swap:
                         name = f"{prefix}.{key}" if prefix else key
                         name = first.setdefault(id(tensor), name)
                         self._places.setdefault(name, []).append((kind, key))
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the module's present buffers by name."""
+        found = {}
+        for name in self._buffers:
+            kind, key = self._places[name][0]
+            if (tensor := kind[key]) is not None:
+                found[name] = tensor
+        return found
 
     @contextmanager
     def filled(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
@@ -42,7 +52,7 @@ class Swap:
         Raises:
             ValueError: the module has no tensor of that name.
         """
-        before = []
+        before: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
         try:
             for name, tensor in tensors.items():
                 if name not in self._places:
