@@ -65,5 +65,5 @@ class Swap:
                     kind[key] = tensor
             yield
         finally:
-            for kind, key, tensor in reversed(before):
-                kind[key] = tensor
+            for kind, key, own in reversed(before):
+                kind[key] = own

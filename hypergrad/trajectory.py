@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from hypergrad.optimizers.base import State
+from hypergrad.memory import SHARE, Footprint, fitting_length, free_bytes, nbytes
+from hypergrad.optimizers.base import State, vectors
 from hypergrad.optimizers.flat import widen
 from hypergrad.optimizers.values import Values
 from hypergrad.randomness import RandomState
 from hypergrad.tape import Adjoint, Record, Segment, Tape
 from hypergrad.tree import Tree
 
-__all__ = ["Memory", "Pulled", "Trajectory", "trace"]
-
-Memory = Literal["graph", "replay", "segments"]
+__all__ = ["Pulled", "Trajectory", "trace"]
 
 
 @dataclass(frozen=True)
@@ -81,19 +78,44 @@ def trace(
     optimizer_state: State | None,
     steps: int,
     window: int,
-    memory: Memory,
+    length: int | None,
 ) -> Trajectory:
-    """Take `steps` inner steps from the tape's params, the last `window` differentiable."""
-    loop = tape.loop
-    first = steps - window
-    length = {"graph": window, "replay": 1, "segments": math.isqrt(window)}[memory]
-    begins = range(first, steps, length)
+    """Take T inner steps from the tape's params, the last K differentiable.
+
+    Args:
+        tape: takes the steps.
+        values: resolved hyperparameters of the optimizer, with their graph.
+        optimizer_state: to continue from; None starts anew.
+        steps: T.
+        window: K ≤ T.
+        length: of a segment; its graphs are held together, and those of the last segment from
+            the start.  None measures the first differentiable step, and chooses.
+    """
+    loop, first = tape.loop, steps - window
     flat, state = loop.start(optimizer_state)
     for t in range(first):
         _, flat, state = loop.step(t, flat, state)
-    segments = []
-    for begin in begins[:-1]:
+    records: list[Record] = []
+    tried = 0
+    if length is None:
+        random = RandomState.capture(tape.devices)
+        footprint = Footprint(flat, tape.hyper.tensors, loop.held())
+        with footprint.watched():
+            records, _, after, state_after = tape.record(first, first + 1, flat, state)
+        size = nbytes([flat, *vectors(state_after).values()])
+        length = fitting_length(window, footprint.bytes, size, SHARE * free_bytes(flat.device))
+        if length == window:
+            flat, state = after, state_after
+        else:
+            random.restore()
+            records, tried = [], 1
+
+    segments: list[Segment] = []
+    begin = first
+    while begin + length < steps:
         segment, flat, state = tape.run(begin, begin + length, flat, state)
         segments.append(segment)
-    records, _, flat, state = tape.record(begins[-1], steps, flat, state)
-    return Trajectory(tape, values, flat, state, segments, records, steps + begins[-1] - first)
+        begin += length
+    rest, _, flat, state = tape.record(begin + len(records), steps, flat, state)
+    n_grad = steps + begin - first + tried
+    return Trajectory(tape, values, flat, state, segments, records + rest, n_grad)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any, TypedDict, get_args
+from typing import Any, get_args
 
 import torch
 
 from hypergrad.attention import math_attention
 from hypergrad.estimator import Estimator, Hypergradient
+from hypergrad.forward import Forward
+from hypergrad.memory import Memory
 from hypergrad.optimizers import Optimizer, as_optimizer
 from hypergrad.optimizers.base import State
 from hypergrad.optimizers.flat import flatten
@@ -17,21 +20,11 @@ from hypergrad.outer import outer_gradients, total_gradient
 from hypergrad.problem import Problem
 from hypergrad.status import Status
 from hypergrad.tape import Tape
-from hypergrad.training import Loop, detached
-from hypergrad.trajectory import Memory, Trajectory, trace
+from hypergrad.training import Loop, UnrolledState, check_optimizer, check_steps, detached
+from hypergrad.trajectory import Trajectory, trace
 from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves
 
-__all__ = ["Unrolled", "UnrolledState"]
-
-
-class UnrolledState(TypedDict):
-    """What continues from one call to the next.
-
-    Attributes:
-        optimizer: state of the inner optimizer after the last step; None before the first call.
-    """
-
-    optimizer: State | None
+__all__ = ["Unrolled"]
 
 
 @dataclass(frozen=True)
@@ -68,17 +61,23 @@ class Unrolled(Estimator[UnrolledState]):
             cost and memory of the first T − K are those of plain training.
         memory: how the backward pass gets the graph of a step.  "graph": all kept, the fastest;
             "replay": each step recomputed from its stored (w, s); "segments": (w, s) stored
-            every √T steps, and √T graphs at a time recomputed from there.  Both recompute each
+            every √K steps, and √K graphs at a time recomputed from there.  Both recompute each
             step once (1.2 to 1.5 times the time); segments hold the least where states are
             large, replay where the graph of a step is.
+            "auto": the graph if it takes less than a quarter of the free memory, judged by the
+            first differentiable step; otherwise segments of the length that holds the least.
+            "forward": no backward pass at all, see `Forward`; time grows with the number of
+            hyperparameters, memory does not grow with T.
             A recomputed loss must be the same bit for bit: a callable inner batch must return
             the same batch for the same t.
+        segment: with memory="segments", the length of one instead of √K.
     """
 
     optimizer: Optimizer | None = None
     steps: int = 0
     truncation: int | None = None
-    memory: Memory = "graph"
+    memory: Memory = "auto"
+    segment: int | None = None
 
     def __post_init__(self) -> None:
         check_steps("Unrolled", self.steps)
@@ -89,6 +88,20 @@ class Unrolled(Estimator[UnrolledState]):
             )
         if self.memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {get_args(Memory)}, but got {self.memory!r}.")
+        window = self.truncation or self.steps
+        if self.memory == "forward" and window < self.steps:
+            raise ValueError(
+                f"truncation={self.truncation} needs a backward pass, but memory is 'forward'."
+            )
+        if self.segment is not None and self.memory != "segments":
+            raise ValueError(
+                f"segment={self.segment} is for memory='segments', but memory is {self.memory!r}."
+            )
+        if self.segment is not None and not 1 <= self.segment <= window:
+            raise ValueError(
+                f"segment must be between 1 and the {window} differentiated steps, but got "
+                f"{self.segment}."
+            )
 
     def init(self, problem: Problem, params: Tree, hparams: Tree) -> UnrolledState:
         """Return the state of an optimizer that has not moved yet."""
@@ -124,6 +137,9 @@ class Unrolled(Estimator[UnrolledState]):
         outer_batch: Any,
         state: UnrolledState,
     ) -> tuple[Hypergradient, UnrolledState]:
+        if self.memory == "forward":
+            forward = Forward(self.optimizer, self.steps)
+            return forward(problem, params, hparams, inner_batch, outer_batch, state)
         leaves, hyper = trainable_leaves(params), hyper_leaves(hparams)
         trajectory = self.trace(problem, leaves, hyper, inner_batch, state["optimizer"])
         at = trajectory.tape.loop.at(trajectory.flat)
@@ -150,32 +166,23 @@ class Unrolled(Estimator[UnrolledState]):
         inner_batch: Any,
         optimizer_state: State | None,
     ) -> Trajectory:
-        """Run the inner optimization forward, ready to be pulled back; errors as in a call."""
+        """Run the inner optimization forward, ready to be pulled back; errors as in a call.
+
+        Raises:
+            ValueError: memory is "forward", which has no backward pass.
+        """
+        if self.memory == "forward":
+            raise ValueError("memory='forward' has no backward pass; choose another memory.")
         optimizer = check_optimizer("Unrolled", self.optimizer)
         with torch.enable_grad():
             values = optimizer.resolve(hparams.tree(), params)
         loop = Loop(problem, params, detached(hparams), optimizer, constants(values), inner_batch)
         window = self.truncation or self.steps
         tape = Tape(loop, hparams)
-        return trace(tape, values, optimizer_state, self.steps, window, self.memory)
-
-
-def check_steps(name: str, steps: int) -> None:
-    """Raise ValueError unless the number of inner steps is a positive integer."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{name} steps must be an integer of at least 1, but got {steps!r}.")
-
-
-def check_optimizer(name: str, optimizer: Optimizer | None) -> Optimizer:
-    """Return the optimizer.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if optimizer is None:
-        raise ValueError(
-            f"{name} has optimizer=None, which stands for the rule of an inner learner and is "
-            "filled in by an outer algorithm; pass one here, such as "
-            f"{name}(SGD(lr=0.1), steps=10)."
-        )
-    return optimizer
+        length = {
+            "auto": None,
+            "graph": window,
+            "replay": 1,
+            "segments": self.segment or math.isqrt(window),
+        }[self.memory]
+        return trace(tape, values, optimizer_state, self.steps, window, length)
