@@ -93,7 +93,10 @@ def _rule(kind: TorchClass) -> type[Optimizer]:
     if kind not in RULES:
         names = ", ".join(f"torch.optim.{c.__name__}" for c in RULES)
         name = getattr(kind, "__name__", repr(kind))
-        raise TypeError(f"optimizer must be one of {names}, but got {name}.")
+        raise TypeError(
+            f"optimizer must be one of {names}, but got {name}. (Elsewhere: hypergrad.Lion, "
+            "torchopt.adadelta, torchopt.adamax and torchopt.radam.)"
+        )
     return RULES[kind]
 
 
