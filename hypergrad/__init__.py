@@ -1,6 +1,7 @@
 """Derivatives of nested problems: min_h F(w*(h), h) with w*(h) = argmin_w f(w, h)."""
 
 from hypergrad.check import check_hypergradient
+from hypergrad.conditioning import AdamConditioning, adam_conditioning
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.f2sa import F2SA
 from hypergrad.finite import FiniteDifference
@@ -43,6 +44,7 @@ __all__ = [
     "SGD",
     "Adagrad",
     "Adam",
+    "AdamConditioning",
     "AdamW",
     "Curvature",
     "Direct",
@@ -70,6 +72,7 @@ __all__ = [
     "Trained",
     "TwoViewLoss",
     "Unrolled",
+    "adam_conditioning",
     "check_hypergradient",
     "from_torch",
     "module_problem",

@@ -19,7 +19,7 @@ from hypergrad.optimizers.moments import (
     root_bar,
     safe_sqrt,
 )
-from hypergrad.optimizers.values import Value, Values, check_betas, is_zero
+from hypergrad.optimizers.values import Value, Values, check_betas, double_dtype, is_zero
 
 __all__ = ["Adam", "AdamW"]
 
@@ -132,6 +132,13 @@ class Adam(Optimizer):
         root, root_c2 = safe_sqrt(top), c2**0.5
         denominator = root / cast(root_c2, root) + cast(values["eps"], root)
         return _Moments(step, g, m, v, top, root, denominator, c1, root_c2)
+
+    def corrected_root(self, state: State, values: Values) -> tuple[Tensor, Tensor]:
+        """Return √v̂ = √v/√(1 − β₂ᵗ) after a step, and ε, in double precision."""
+        c2 = 1 - double(values["beta2"]) ** state["step"]
+        v = state["max_exp_avg_sq" if self.amsgrad else "exp_avg_sq"]
+        wide = double_dtype(v.device)
+        return (v.to(wide) / c2).sqrt(), torch.as_tensor(values["eps"], dtype=wide, device=v.device)
 
     def adjoint(
         self,

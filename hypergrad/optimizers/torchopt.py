@@ -32,10 +32,10 @@ class TorchOpt(Optimizer):
 
     It acts on the flat vector of all trained tensors.  Its hyperparameters are constants: to
     tune one, use a rule of ours, such as `SGD` or `Adam`, with a `Hyper`.  `torchopt.radam`,
-    `adamax` and `adadelta` have no counterpart here.  Two limits are TorchOpt's own:
-    bias corrections of Adam and schedules are rounded to float32 even in float64 (hypergradients
-    are right to about 1e-5 and 1e-8), and √v has an infinite derivative at v = 0 unless ``eps_root > 0``, which
-    makes the adjoint NaN and is reported.
+    `adamax` and `adadelta` have no counterpart here.  Two limits are TorchOpt's
+    own: bias corrections of Adam and schedules are rounded to float32 even in float64
+    (hypergradients are right to about 1e-5 and 1e-8), and √v has an infinite derivative at v = 0
+    unless ``eps_root > 0``, which makes the adjoint NaN and is reported.
 
     Attributes:
         transformation: pair of functions `init` and `update`.
