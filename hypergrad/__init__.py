@@ -1,6 +1,7 @@
 """Derivatives of nested problems: min_h F(w*(h), h) with w*(h) = argmin_w f(w, h)."""
 
 from hypergrad.check import check_hypergradient
+from hypergrad.conditioning import AdamConditioning, adam_conditioning
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.f2sa import F2SA
 from hypergrad.finite import FiniteDifference
@@ -9,7 +10,18 @@ from hypergrad.higher_unrolled import HigherUnrolled
 from hypergrad.implicit import Implicit
 from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
 from hypergrad.operators import GGN, Curvature, Hessian
-from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer, TorchOpt, from_torch
+from hypergrad.optimizers import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Hyper,
+    Lion,
+    Optimizer,
+    RMSprop,
+    TorchOpt,
+    from_torch,
+)
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.randomness import seeded
 from hypergrad.report import HypergradientReport
@@ -30,7 +42,9 @@ __all__ = [
     "PZOBO",
     "SAMA",
     "SGD",
+    "Adagrad",
     "Adam",
+    "AdamConditioning",
     "AdamW",
     "Curvature",
     "Direct",
@@ -45,17 +59,20 @@ __all__ = [
     "Identity",
     "Implicit",
     "LinearSolver",
+    "Lion",
     "Loss",
     "ModuleProblem",
     "Neumann",
     "Optimizer",
     "Problem",
+    "RMSprop",
     "Solution",
     "Status",
     "TorchOpt",
     "Trained",
     "TwoViewLoss",
     "Unrolled",
+    "adam_conditioning",
     "check_hypergradient",
     "from_torch",
     "module_problem",
