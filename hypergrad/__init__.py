@@ -7,7 +7,17 @@ from hypergrad.finite import FiniteDifference
 from hypergrad.forward import Forward
 from hypergrad.higher_unrolled import HigherUnrolled
 from hypergrad.implicit import Implicit
-from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
+from hypergrad.linear import (
+    CG,
+    GMRES,
+    MINRES,
+    Direct,
+    Identity,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+    Solution,
+)
 from hypergrad.operators import GGN, Curvature, Hessian
 from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer, TorchOpt, from_torch
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
@@ -26,6 +36,8 @@ __all__ = [
     "CG",
     "F2SA",
     "GGN",
+    "GMRES",
+    "MINRES",
     "PBGD",
     "PZOBO",
     "SAMA",
@@ -48,6 +60,7 @@ __all__ = [
     "Loss",
     "ModuleProblem",
     "Neumann",
+    "Nystrom",
     "Optimizer",
     "Problem",
     "Solution",
