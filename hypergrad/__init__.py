@@ -8,7 +8,17 @@ from hypergrad.finite import FiniteDifference
 from hypergrad.forward import Forward
 from hypergrad.higher_unrolled import HigherUnrolled
 from hypergrad.implicit import Implicit
-from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
+from hypergrad.linear import (
+    CG,
+    GMRES,
+    MINRES,
+    Direct,
+    Identity,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+    Solution,
+)
 from hypergrad.operators import GGN, Curvature, Hessian
 from hypergrad.optimizers import (
     SGD,
@@ -38,6 +48,8 @@ __all__ = [
     "CG",
     "F2SA",
     "GGN",
+    "GMRES",
+    "MINRES",
     "PBGD",
     "PZOBO",
     "SAMA",
@@ -63,6 +75,7 @@ __all__ = [
     "Loss",
     "ModuleProblem",
     "Neumann",
+    "Nystrom",
     "Optimizer",
     "Problem",
     "RMSprop",
