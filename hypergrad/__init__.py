@@ -1,15 +1,37 @@
 """Derivatives of nested problems: min_h F(w*(h), h) with w*(h) = argmin_w f(w, h)."""
 
 from hypergrad.check import check_hypergradient
+from hypergrad.conditioning import AdamConditioning, adam_conditioning
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.f2sa import F2SA
 from hypergrad.finite import FiniteDifference
 from hypergrad.forward import Forward
 from hypergrad.higher_unrolled import HigherUnrolled
 from hypergrad.implicit import Implicit
-from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
+from hypergrad.linear import (
+    CG,
+    GMRES,
+    MINRES,
+    Direct,
+    Identity,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+    Solution,
+)
 from hypergrad.operators import GGN, Curvature, Hessian
-from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer, TorchOpt, from_torch
+from hypergrad.optimizers import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Hyper,
+    Lion,
+    Optimizer,
+    RMSprop,
+    TorchOpt,
+    from_torch,
+)
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.randomness import seeded
 from hypergrad.report import HypergradientReport
@@ -26,11 +48,15 @@ __all__ = [
     "CG",
     "F2SA",
     "GGN",
+    "GMRES",
+    "MINRES",
     "PBGD",
     "PZOBO",
     "SAMA",
     "SGD",
+    "Adagrad",
     "Adam",
+    "AdamConditioning",
     "AdamW",
     "Curvature",
     "Direct",
@@ -45,17 +71,21 @@ __all__ = [
     "Identity",
     "Implicit",
     "LinearSolver",
+    "Lion",
     "Loss",
     "ModuleProblem",
     "Neumann",
+    "Nystrom",
     "Optimizer",
     "Problem",
+    "RMSprop",
     "Solution",
     "Status",
     "TorchOpt",
     "Trained",
     "TwoViewLoss",
     "Unrolled",
+    "adam_conditioning",
     "check_hypergradient",
     "from_torch",
     "module_problem",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from torch.backends import cuda
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = ["math_attention"]
@@ -17,13 +17,22 @@ def math_attention() -> AbstractContextManager[None]:
     The fused backends have no double backward.  The switch costs ten microseconds, which counts
     in a loop of small steps: enter it outside of the loop, nested uses are then free.
     """
-    flags: tuple[Callable[[], bool], ...] = (
-        cuda.math_sdp_enabled,
-        cuda.flash_sdp_enabled,
-        cuda.mem_efficient_sdp_enabled,
-        cuda.cudnn_sdp_enabled,
-    )
-    if [enabled() for enabled in flags] == [True, False, False, False]:
-        return nullcontext()
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return context
+    return _ON if _thread.inside else _switched()
+
+
+class _Thread(threading.local):
+    inside = False
+
+
+_thread = _Thread()
+_ON: AbstractContextManager[None] = nullcontext()
+
+
+@contextmanager
+def _switched() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH):
+        _thread.inside = True
+        try:
+            yield
+        finally:
+            _thread.inside = False

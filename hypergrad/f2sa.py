@@ -26,9 +26,8 @@ from hypergrad.outer import outer_gradients, total_gradient
 from hypergrad.problem import Problem, evaluate, inner_gradient
 from hypergrad.randomness import RandomState
 from hypergrad.status import Status
-from hypergrad.training import Loop, detached
+from hypergrad.training import Loop, check_optimizer, check_steps, detached
 from hypergrad.tree import Tree, hyper_leaves, trainable_leaves
-from hypergrad.unrolled import check_optimizer, check_steps
 
 __all__ = ["F2SA", "F2SAState"]
 

@@ -18,9 +18,8 @@ from hypergrad.optimizers.values import constants, tuned
 from hypergrad.outer import outer_gradients, total_gradient
 from hypergrad.problem import Problem, inner_gradient
 from hypergrad.status import Status
-from hypergrad.training import Loop, detached
+from hypergrad.training import Loop, UnrolledState, check_optimizer, check_steps, detached
 from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves
-from hypergrad.unrolled import UnrolledState, check_optimizer, check_steps
 
 __all__ = ["Forward"]
 

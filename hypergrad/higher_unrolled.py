@@ -19,9 +19,8 @@ from hypergrad.optimizers.flat import flatten, flatten_params, unflatten
 from hypergrad.outer import total_gradient
 from hypergrad.problem import ModuleProblem, Problem, check_scalar
 from hypergrad.status import Status
-from hypergrad.training import check_move
+from hypergrad.training import check_move, check_optimizer, check_steps
 from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves, zeros_for_none
-from hypergrad.unrolled import check_optimizer, check_steps
 
 __all__ = ["HigherUnrolled"]
 

@@ -150,18 +150,21 @@ def _filled(
 
 
 def vector_jacobian(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    vectors: Sequence[Tensor],
+    keep: bool = True,
 ) -> list[Tensor | None]:
-    """Return (∂outputs/∂inputs)ᵀ vectors on a retained graph; None for an unused input."""
-    kept = [(o, v.to(o)) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
+    """Return (∂outputs/∂inputs)ᵀ vectors; None for an unused input; `keep` retains the graph."""
+    kept = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
     if not kept:
         return [None] * len(inputs)
     return list(
         torch.autograd.grad(
             [o for o, _ in kept],
             list(inputs),
-            [v for _, v in kept],
-            retain_graph=True,
+            [v if v.dtype == o.dtype else v.to(o) for o, v in kept],
+            retain_graph=keep,
             allow_unused=True,
         )
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hypergrad.attention import math_attention
+from hypergrad.swap import Swap
 from hypergrad.tree import Leaves, Tree, zeros_for_none
 from hypergrad.views import TwoViewLoss, two_view_grad
 
@@ -48,40 +49,26 @@ class ModuleProblem(Problem):
     module_outer_loss: ModuleLoss
 
 
-class _Call(nn.Module):
-    """Runs ``loss(module, hparams, batch)`` as a forward, for `functional_call`."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, loss: ModuleLoss, hparams: Tree, batch: Any) -> Tensor:
-        return loss(self.module, hparams, batch)
-
-
 def module_problem(
     module: nn.Module, inner_loss: ModuleLoss, outer_loss: ModuleLoss
 ) -> tuple[ModuleProblem, dict[str, Tensor]]:
     """Return the problem over a module's parameters, and those parameters by name.
 
     The losses take the module itself, ``(module, hparams, batch) -> scalar``; any method,
-    hook or parametrization of it sees the swapped parameters (`torch.func.functional_call`).
+    hook or parametrization of it sees the swapped parameters.
 
     Buffers: every evaluation works on copies, so BatchNorm running statistics are never
     changed by a hypergradient; in train mode BatchNorm normalizes by the batch, in eval mode
     by the module's own running statistics.
     Frozen parameters stay constant; tied parameters appear once, under their first name.
     """
-    call = _Call(module)
+    swap = Swap(module)
 
     def functional(loss: ModuleLoss) -> Loss:
         def evaluate(params: Tree, hparams: Tree, batch: Any) -> Tensor:
-            buffers = {f"module.{k}": b.detach().clone() for k, b in module.named_buffers()}
-            named = {f"module.{k}": p for k, p in params.items()}
-            out = torch.func.functional_call(
-                call, {**buffers, **named}, (loss, hparams, batch), tie_weights=True
-            )
-            return cast(Tensor, out)
+            buffers = {name: b.detach().clone() for name, b in swap.buffers().items()}
+            with swap.filled({**buffers, **params}):
+                return loss(module, hparams, batch)
 
         return evaluate
 

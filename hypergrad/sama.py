@@ -19,9 +19,8 @@ from hypergrad.problem import Problem, check_finite, inner_gradient
 from hypergrad.randomness import RandomState
 from hypergrad.status import Status
 from hypergrad.tape import Adjoint, Tape
-from hypergrad.training import Loop, detached
+from hypergrad.training import Loop, check_optimizer, check_steps, detached
 from hypergrad.tree import Tree, hyper_leaves, trainable_leaves
-from hypergrad.unrolled import check_optimizer, check_steps
 
 __all__ = ["SAMA", "SAMAState"]
 

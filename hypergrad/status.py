@@ -25,7 +25,12 @@ class Status(Enum):
         "the operator is not positive definite: params are not at an inner minimum; "
         "add damping or use a GGN operator",
     )
-    BREAKDOWN = "breakdown", False, "the operator is singular, or not symmetric, along a direction"
+    NOT_SYMMETRIC = (
+        "not_symmetric",
+        False,
+        "the operator is not symmetric, but the solver needs that it is; use GMRES or Direct",
+    )
+    BREAKDOWN = "breakdown", False, "the operator is singular along a direction"
     DIVERGED = "diverged", False, "the residual grew: the iteration does not contract"
 
     ok: bool

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hypergrad.operators import vector_jacobian
 from hypergrad.optimizers.base import Bars, State, vectors
 from hypergrad.optimizers.flat import flatten, unflatten, widen
 from hypergrad.optimizers.values import Values, tuned
@@ -21,12 +22,13 @@ __all__ = ["Adjoint", "Record", "Segment", "Tape"]
 
 
 class Record(NamedTuple):
-    """One differentiable step: the point, and the flat gradient with its graph."""
+    """One differentiable step: the point, the gradient with its graph, and its flat values."""
 
     t: int
     flat: Tensor
     state: State
     leaves: Sequence[Tensor]
+    grads: Sequence[Tensor]
     grad: Tensor
 
 
@@ -63,11 +65,11 @@ class Tape:
             loss, grads = inner_gradient(
                 self.loop.problem, at, self.hyper, self.loop.batch_at(t), f" at step {t}"
             )
-            with torch.enable_grad():
+            with torch.no_grad():
                 grad = flatten(grads)
-            records.append(Record(t, flat, state, at.tensors, grad))
+            records.append(Record(t, flat, state, at.tensors, grads, grad))
             losses.append(loss)
-            flat, state = self.loop.move(t, flat, grad.detach(), state)
+            flat, state = self.loop.move(t, flat, grad, state)
         return records, losses, flat, state
 
     def run(
@@ -137,7 +139,7 @@ class Adjoint:
         loop, hyper = self.tape.loop, self.tape.hyper
         self.flat_bar, grad_bar, self.state_bar, value_bars = loop.optimizer.adjoint(
             widen(record.flat),
-            widen(record.grad.detach()),
+            widen(record.grad),
             {**record.state, **{k: widen(v) for k, v in vectors(record.state).items()}},
             loop.values,
             self.flat_bar,
@@ -147,11 +149,10 @@ class Adjoint:
         for key, bar in value_bars.items():
             self.value_bars[key] = self.value_bars[key] + bar if key in self.value_bars else bar
 
-        if record.grad.requires_grad:
-            inputs = [*record.leaves, *hyper.tensors]
-            bar = grad_bar.to(record.flat.dtype)
-            found = torch.autograd.grad(record.grad, inputs, bar, allow_unused=True)
-            split = len(record.leaves)
+        bars = unflatten(grad_bar.to(record.flat.dtype), record.leaves)
+        found = vector_jacobian(record.grads, [*record.leaves, *hyper.tensors], bars, keep=False)
+        split = len(record.leaves)
+        if any(f is not None for f in found):
             through = flatten(zeros_for_none(found[:split], record.leaves))
             self.flat_bar = self.flat_bar + widen(through)
             self.hyper_bars = accumulate(self.hyper_bars, found[split:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import optree
 import torch
@@ -17,7 +17,17 @@ from hypergrad.optimizers.values import Values, constants
 from hypergrad.problem import Problem, check_finite, inner_gradient
 from hypergrad.tree import Leaves, Tree, leaf_names, trainable_leaves
 
-__all__ = ["Trained", "train"]
+__all__ = ["Trained", "UnrolledState", "check_optimizer", "check_steps", "train"]
+
+
+class UnrolledState(TypedDict):
+    """What continues from one call to the next.
+
+    Attributes:
+        optimizer: state of the inner optimizer after the last step; None before the first call.
+    """
+
+    optimizer: State | None
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,10 @@ class Loop:
         """Return the batch of step t."""
         return self.batch(t) if callable(self.batch) else self.batch
 
+    def held(self) -> Any:
+        """Return the batch that all steps share; None where each step fetches its own."""
+        return None if callable(self.batch) else self.batch
+
     def step(self, t: int, flat: Tensor, state: State) -> tuple[Tensor, Tensor, State]:
         """Take one plain step; returns the loss before it and the next iterate and state."""
         loss, grads = inner_gradient(
@@ -153,3 +167,24 @@ def _constant_leaves(hparams: Tree) -> Leaves:
         leaf_names(hparams, "hparams"),
         lambda values: optree.tree_unflatten(spec, list(values)),
     )
+
+
+def check_steps(name: str, steps: int) -> None:
+    """Raise ValueError unless the number of inner steps is a positive integer."""
+    if not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"{name} steps must be an integer of at least 1, but got {steps!r}.")
+
+
+def check_optimizer(name: str, optimizer: Optimizer | None) -> Optimizer:
+    """Return the optimizer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if optimizer is None:
+        raise ValueError(
+            f"{name} has optimizer=None, which stands for the rule of an inner learner and is "
+            "filled in by an outer algorithm; pass one here, such as "
+            f"{name}(SGD(lr=0.1), steps=10)."
+        )
+    return optimizer

@@ -4,37 +4,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, get_args
 
 import torch
 
 from hypergrad.attention import math_attention
 from hypergrad.estimator import Estimator, Hypergradient
+from hypergrad.forward import Forward
+from hypergrad.memory import Memory
 from hypergrad.optimizers import Optimizer, as_optimizer
 from hypergrad.optimizers.base import State
-from hypergrad.optimizers.flat import flatten, widen
+from hypergrad.optimizers.flat import flatten
 from hypergrad.optimizers.values import constants
 from hypergrad.outer import outer_gradients, total_gradient
 from hypergrad.problem import Problem
-from hypergrad.randomness import RandomState
 from hypergrad.status import Status
-from hypergrad.tape import Adjoint, Tape
-from hypergrad.training import Loop, detached
-from hypergrad.tree import Tree, hyper_leaves, trainable_leaves
+from hypergrad.tape import Tape
+from hypergrad.training import Loop, UnrolledState, check_optimizer, check_steps, detached
+from hypergrad.trajectory import Trajectory, trace
+from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves
 
-__all__ = ["Unrolled", "UnrolledState"]
-
-Memory = Literal["graph", "replay", "segments"]
-
-
-class UnrolledState(TypedDict):
-    """What continues from one call to the next.
-
-    Attributes:
-        optimizer: state of the inner optimizer after the last step; None before the first call.
-    """
-
-    optimizer: State | None
+__all__ = ["Unrolled"]
 
 
 @dataclass(frozen=True)
@@ -71,17 +61,23 @@ class Unrolled(Estimator[UnrolledState]):
             cost and memory of the first T − K are those of plain training.
         memory: how the backward pass gets the graph of a step.  "graph": all kept, the fastest;
             "replay": each step recomputed from its stored (w, s); "segments": (w, s) stored
-            every √T steps, and √T graphs at a time recomputed from there.  Both recompute each
+            every √K steps, and √K graphs at a time recomputed from there.  Both recompute each
             step once (1.2 to 1.5 times the time); segments hold the least where states are
             large, replay where the graph of a step is.
+            "auto": the graph if it takes less than a quarter of the free memory, judged by the
+            first differentiable step; otherwise segments of the length that holds the least.
+            "forward": no backward pass at all, see `Forward`; time grows with the number of
+            hyperparameters, memory does not grow with T.
             A recomputed loss must be the same bit for bit: a callable inner batch must return
             the same batch for the same t.
+        segment: with memory="segments", the length of one instead of √K.
     """
 
     optimizer: Optimizer | None = None
     steps: int = 0
     truncation: int | None = None
-    memory: Memory = "graph"
+    memory: Memory = "auto"
+    segment: int | None = None
 
     def __post_init__(self) -> None:
         check_steps("Unrolled", self.steps)
@@ -92,6 +88,20 @@ class Unrolled(Estimator[UnrolledState]):
             )
         if self.memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {get_args(Memory)}, but got {self.memory!r}.")
+        window = self.truncation or self.steps
+        if self.memory == "forward" and window < self.steps:
+            raise ValueError(
+                f"truncation={self.truncation} needs a backward pass, but memory is 'forward'."
+            )
+        if self.segment is not None and self.memory != "segments":
+            raise ValueError(
+                f"segment={self.segment} is for memory='segments', but memory is {self.memory!r}."
+            )
+        if self.segment is not None and not 1 <= self.segment <= window:
+            raise ValueError(
+                f"segment must be between 1 and the {window} differentiated steps, but got "
+                f"{self.segment}."
+            )
 
     def init(self, problem: Problem, params: Tree, hparams: Tree) -> UnrolledState:
         """Return the state of an optimizer that has not moved yet."""
@@ -127,64 +137,52 @@ class Unrolled(Estimator[UnrolledState]):
         outer_batch: Any,
         state: UnrolledState,
     ) -> tuple[Hypergradient, UnrolledState]:
-        optimizer = check_optimizer("Unrolled", self.optimizer)
+        if self.memory == "forward":
+            forward = Forward(self.optimizer, self.steps)
+            return forward(problem, params, hparams, inner_batch, outer_batch, state)
         leaves, hyper = trainable_leaves(params), hyper_leaves(hparams)
-        with torch.enable_grad():
-            values = optimizer.resolve(hyper.tree(), leaves)
-        loop = Loop(problem, leaves, detached(hyper), optimizer, constants(values), inner_batch)
-        tape = Tape(loop, hyper)
-
+        trajectory = self.trace(problem, leaves, hyper, inner_batch, state["optimizer"])
+        at = trajectory.tape.loop.at(trajectory.flat)
+        value, w_bar, direct = outer_gradients(problem, at, hyper, outer_batch)
+        pulled = trajectory.pullback(flatten(w_bar))
         window = self.truncation or self.steps
-        first = self.steps - window
-        length = {"graph": window, "replay": 1, "segments": math.isqrt(window)}[self.memory]
-        begins = range(first, self.steps, length)
-
-        flat, inner = loop.start(state["optimizer"])
-        for t in range(first):
-            _, flat, inner = loop.step(t, flat, inner)
-        segments = []
-        for begin in begins[:-1]:
-            segment, flat, inner = tape.run(begin, begin + length, flat, inner)
-            segments.append(segment)
-        records, _, flat, inner = tape.record(begins[-1], self.steps, flat, inner)
-
-        value, w_bar, direct = outer_gradients(problem, loop.at(flat), hyper, outer_batch)
-        adjoint = Adjoint(tape, values, widen(flatten(w_bar)))
-        adjoint.walk(records)
-        if segments:
-            with RandomState.capture(tape.devices).restored_after():
-                while segments:
-                    adjoint.walk(tape.replay(segments.pop()))
-
         hypergradient = Hypergradient(
             value=value,
-            grad=total_gradient(hyper, direct, adjoint.indirect(), ", nor the optimizer"),
-            params=loop.params(flat),
+            grad=total_gradient(hyper, direct, pulled.hyper, ", nor the optimizer"),
+            params=trajectory.params(),
             residual=None,
             error_bound=None,
             n_hvp=window,
-            n_grad=self.steps + begins[-1] - first + 1,
-            status=Status.EXACT if first == 0 else Status.APPROXIMATE,
+            n_grad=trajectory.n_grad + 1,
+            status=Status.EXACT if window == self.steps else Status.APPROXIMATE,
         )
-        return hypergradient, {"optimizer": inner}
+        return hypergradient, {"optimizer": trajectory.state}
 
+    def trace(
+        self,
+        problem: Problem,
+        params: Leaves,
+        hparams: Leaves,
+        inner_batch: Any,
+        optimizer_state: State | None,
+    ) -> Trajectory:
+        """Run the inner optimization forward, ready to be pulled back; errors as in a call.
 
-def check_steps(name: str, steps: int) -> None:
-    """Raise ValueError unless the number of inner steps is a positive integer."""
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"{name} steps must be an integer of at least 1, but got {steps!r}.")
-
-
-def check_optimizer(name: str, optimizer: Optimizer | None) -> Optimizer:
-    """Return the optimizer.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if optimizer is None:
-        raise ValueError(
-            f"{name} has optimizer=None, which stands for the rule of an inner learner and is "
-            "filled in by an outer algorithm; pass one here, such as "
-            f"{name}(SGD(lr=0.1), steps=10)."
-        )
-    return optimizer
+        Raises:
+            ValueError: memory is "forward", which has no backward pass.
+        """
+        if self.memory == "forward":
+            raise ValueError("memory='forward' has no backward pass; choose another memory.")
+        optimizer = check_optimizer("Unrolled", self.optimizer)
+        with torch.enable_grad():
+            values = optimizer.resolve(hparams.tree(), params)
+        loop = Loop(problem, params, detached(hparams), optimizer, constants(values), inner_batch)
+        window = self.truncation or self.steps
+        tape = Tape(loop, hparams)
+        length = {
+            "auto": None,
+            "graph": window,
+            "replay": 1,
+            "segments": self.segment or math.isqrt(window),
+        }[self.memory]
+        return trace(tape, values, optimizer_state, self.steps, window, length)

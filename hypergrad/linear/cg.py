@@ -8,17 +8,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hypergrad.linear.solution import LinearSolver, Matvec, Solution, finite, norm, start
+from hypergrad.linear.iterative import Iterative
+from hypergrad.linear.nystrom import Nystrom
+from hypergrad.linear.solution import (
+    Memory,
+    Products,
+    Solution,
+    asymmetric,
+    damped,
+    finite,
+    norm,
+    start,
+)
 from hypergrad.status import Status
 
 __all__ = ["CG"]
 
 
 @dataclass(frozen=True)
-class CG(LinearSolver):
+class CG(Iterative):
     """Conjugate gradients for (A + damping · I) x = b, A symmetric positive definite.
 
-    Hestenes and Stiefel (1952); Nocedal and Wright, "Numerical Optimization", alg. 5.2.
+    Hestenes and Stiefel (1952); Nocedal and Wright, "Numerical Optimization", alg. 5.2 and 5.3.
     The returned iterate is the one with the smallest residual.  Convergence is claimed only
     on a residual computed anew from b − A x (one more product), because the recursive one
     goes to zero even where rounding stops the true one; from there the solve is restarted as
@@ -27,78 +38,90 @@ class CG(LinearSolver):
 
     Statuses: CONVERGED; MAX_ITER; STALLED (restarts no longer reduce the residual);
     NEGATIVE_CURVATURE (a direction with pᵀAp < 0); BREAKDOWN (pᵀAp = 0 up to rounding of
-    ‖A‖ ‖p‖², so A is singular along p).
+    ‖A‖ ‖p‖², so A is singular along p); NOT_SYMMETRIC (pᵀAq ≠ qᵀAp for two directions).
 
     Attributes:
         rtol: stop at ‖b − A x‖ ≤ max(rtol · ‖b‖, atol).
         atol: see `rtol`.
         max_iter: iterations, one product each; a warm start and each check add one.
         damping: added to the diagonal of A; residuals are those of the damped system.
+        preconditioner: made of products with A, and kept in `Solution.memory`.
 
     Raises:
         ValueError: a tolerance or the damping is negative, or `max_iter` is not positive.
     """
 
-    rtol: float = 1e-6
-    atol: float = 0.0
-    max_iter: int = 100
     damping: float = 0.0
+    preconditioner: Nystrom | None = None
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "damping"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be finite and not negative, but got {value}.")
-        if self.max_iter < 1:
-            raise ValueError(f"max_iter must be at least 1, but got {self.max_iter}.")
+        super().__post_init__()
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping must be finite and not negative, but got {self.damping}.")
 
-    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None, size: float) -> Solution:
-        def product(v: Tensor) -> Tensor:
-            return matvec(v) + self.damping * v if self.damping else matvec(v)
+    def _prepare(self, like: Tensor, memory: Memory | None) -> Products[Memory | None]:
+        if self.preconditioner is None:
+            return None
+        return (yield from self.preconditioner.update(like, memory))
 
-        goal = max(self.rtol, self.atol / size)
+    def _solve(
+        self, b: Tensor, x0: Tensor | None, size: float, shared: Memory | None
+    ) -> Products[Solution]:
+        target = self._goal(size)
         rounding = 4 * torch.finfo(b.dtype).eps
-        x, r, used = start(product, b, x0)
+        precondition = (
+            (lambda r: r) if shared is None else Nystrom.inverse(shared, self.damping)
+        )
+        x, r = yield from start(b, x0, self.damping)
         # `best` goes by the recursive residual, `checked` by one computed from b − A x.
         best = checked = x, norm(r)
-        if checked[1] <= goal:
-            return Solution(x, checked[1], used, Status.CONVERGED)
-        status, p, rr, largest = Status.MAX_ITER, r, checked[1] ** 2, 0.0
-        for _ in range(self.max_iter):
-            ap = product(p)
-            used += 1
+        if checked[1] <= target:
+            return Solution(x, checked[1], 0, Status.CONVERGED, shared)
+        status, largest = Status.MAX_ITER, 0.0
+        p = z = precondition(r)
+        rz = float(torch.dot(r, z))
+        last: tuple[Tensor, Tensor] | None = None  # a direction and its product
+        used = 0
+        for used in range(1, self.max_iter + 1):
+            ap = yield from damped(p, self.damping)
             curvature = finite(float(torch.dot(p, ap)), "the curvature pᵀAp")
             pp = float(torch.dot(p, p))
             # Below rounding of the largest ‖Ap‖/‖p‖ seen, the sign of pᵀAp means nothing, and
             # a step along p would be a huge move in the null space.
             largest = max(largest, norm(ap) / math.sqrt(pp))
             threshold = rounding * largest * pp
-            if curvature <= threshold:
+            flat = curvature <= threshold
+            if flat and last is None:
+                last = ap, (yield from damped(ap, self.damping))
+            if last is not None and (flat or used == 2) and asymmetric(*last, p, ap):
+                status = Status.NOT_SYMMETRIC
+                break
+            if flat:
                 negative = curvature < -threshold
                 status = Status.NEGATIVE_CURVATURE if negative else Status.BREAKDOWN
                 break
-            x = torch.add(x, p, alpha=rr / curvature)
-            r = torch.add(r, ap, alpha=-rr / curvature)
-            previous, rr = rr, finite(float(torch.dot(r, r)), "the squared residual")
-            if math.sqrt(rr) <= max(goal, rounding):
-                r = b - product(x)
-                used += 1
-                true = finite(norm(r), "the residual")
-                if true <= goal:
-                    return Solution(x, true, used, Status.CONVERGED)
-                stalled = true > 0.5 * checked[1]
-                best = checked = min(checked, (x, true), key=lambda found: found[1])
+            last = p, ap
+            x = torch.add(x, p, alpha=rz / curvature)
+            r = torch.add(r, ap, alpha=-rz / curvature)
+            length = finite(norm(r), "the residual")
+            restart = length <= max(target, rounding)
+            if restart:
+                r = b - (yield from damped(x, self.damping))
+                length = finite(norm(r), "the residual")
+                if length <= target:
+                    return Solution(x, length, 0, Status.CONVERGED, shared)
+                stalled = length > 0.5 * checked[1]
+                best = checked = min(checked, (x, length), key=lambda found: found[1])
                 if stalled:
                     status = Status.STALLED
                     break
-                p, rr = r, true**2
-                continue
-            p = torch.add(r, p, alpha=rr / previous)
-            if math.sqrt(rr) < best[1]:
-                best = x, math.sqrt(rr)
+            elif length < best[1]:
+                best = x, length
+            z = precondition(r)
+            previous, rz = rz, float(torch.dot(r, z))
+            p = z if restart else torch.add(z, p, alpha=rz / previous)
         drift = rounding * used * largest * norm(best[0])
         if best is not checked and best[1] < 10 * drift:
-            true = finite(norm(b - product(best[0])), "the residual")
-            used += 1
-            best = min(checked, (best[0], true), key=lambda found: found[1])
-        return Solution(best[0], best[1], used, status)
+            r = b - (yield from damped(best[0], self.damping))
+            best = min(checked, (best[0], finite(norm(r), "the residual")), key=lambda f: f[1])
+        return Solution(best[0], best[1], 0, status, shared)

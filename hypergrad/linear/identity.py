@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from hypergrad.linear.solution import LinearSolver, Matvec, Solution
+from hypergrad.linear.solution import LinearSolver, Products, Solution
 from hypergrad.status import Status
 
 __all__ = ["Identity"]
@@ -34,5 +34,8 @@ class Identity(LinearSolver):
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be positive and finite, but got {self.scale}.")
 
-    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None, size: float) -> Solution:
+    def _solve(
+        self, b: Tensor, x0: Tensor | None, size: float, shared: None
+    ) -> Products[Solution]:
         return Solution(self.scale * b, None, 0, Status.APPROXIMATE)
+        yield  # a generator that asks for no product

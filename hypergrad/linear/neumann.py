@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hypergrad.linear.solution import LinearSolver, Matvec, Solution, finite, norm, start
+from hypergrad.linear.solution import LinearSolver, Products, Solution, finite, norm, start
 from hypergrad.status import Status
 
 __all__ = ["Neumann"]
@@ -52,18 +52,18 @@ class Neumann(LinearSolver):
                 f"power_iterations must be at least 1, but got {self.power_iterations}."
             )
 
-    def _solve(self, matvec: Matvec, b: Tensor, x0: Tensor | None, size: float) -> Solution:
-        step, spent = self._step(matvec, b)
-        x, r, used = start(matvec, b, x0)
-        used += spent
+    def _solve(
+        self, b: Tensor, x0: Tensor | None, size: float, shared: None
+    ) -> Products[Solution]:
+        step = yield from self._step(b)
+        x, r = yield from start(b, x0)
         first = length = norm(r)
         best = x, length
         for _ in range(self.terms):
             if length <= self.rtol or length > first:
                 break
             x = torch.add(x, r, alpha=step)
-            r = b - matvec(x)
-            used += 1
+            r = b - (yield x)
             length = finite(norm(r), "the residual")
             if length < best[1]:
                 best = x, length
@@ -72,21 +72,20 @@ class Neumann(LinearSolver):
             status = Status.CONVERGED
         elif length > min(first, 10 * best[1]):  # rounding alone moves it by less than that
             status = Status.DIVERGED
-        return Solution(best[0], best[1], used, status)
+        return Solution(best[0], best[1], 0, status)
 
-    def _step(self, matvec: Matvec, b: Tensor) -> tuple[float, int]:
-        """Return η and the products spent on it."""
+    def _step(self, b: Tensor) -> Products[float]:
         if self.step != "auto":
-            return float(self.step), 0
+            return float(self.step)
         # Started from b: its components are the ones that the series has to damp.  ‖Av‖ of the
         # normalized iterates never decreases, so that one without growth is near its limit.
         v, largest = b, 0.0
-        for used in range(1, self.power_iterations + 1):
-            av = matvec(v)
+        for _ in range(self.power_iterations):
+            av = yield v
             previous, largest = largest, finite(norm(av), "‖Av‖")
             if largest == 0.0:
-                return 1.0, used
+                return 1.0
             if largest < 1.01 * previous:
                 break
             v = av / largest
-        return 1 / (1.1 * largest), used
+        return 1 / (1.1 * largest)

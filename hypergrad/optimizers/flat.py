@@ -14,13 +14,13 @@ __all__ = ["axpy", "cast", "flatten", "flatten_params", "scale", "unflatten", "w
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate tensors to one vector."""
-    return torch.cat([t.reshape(-1) for t in tensors])
+    return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in tensors])
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Return views of a flat vector in the shapes of `like`."""
     pieces = flat.split_with_sizes([t.numel() for t in like])
-    return [piece.view(t.shape) for piece, t in zip(pieces, like, strict=True)]
+    return [p if t.dim() == 1 else p.view(t.shape) for p, t in zip(pieces, like, strict=True)]
 
 
 def flatten_params(params: Leaves) -> Tensor:

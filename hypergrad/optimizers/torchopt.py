@@ -21,7 +21,7 @@ _WRONG = {
     "_scale_by_accelerated_adam": "the derivative of its fused operator leaves out eps; use "
     "use_accelerated_op=False or hypergrad.Adam",
     "_masked": "its mask is a tree of tensors, but an update sees one flat vector; use a tree of "
-    "values in hypergrad.SGD, Adam or AdamW",
+    "values in one of hypergrad's own rules, such as SGD",
     "clip_grad_norm": "its clipping coefficient is computed without a derivative",
 }
 
@@ -31,10 +31,11 @@ class TorchOpt(Optimizer):
     """A TorchOpt transformation, such as ``torchopt.adam(1e-3)``, as an `Optimizer`.
 
     It acts on the flat vector of all trained tensors.  Its hyperparameters are constants: to
-    tune one, use our `SGD`, `Adam` or `AdamW` with a `Hyper`.  Two limits are TorchOpt's own:
-    bias corrections of Adam are rounded to float32 even in float64 (hypergradients are right
-    to about 1e-5), and √v has an infinite derivative at v = 0 unless ``eps_root > 0``, which
-    makes the adjoint NaN and is reported.
+    tune one, use a rule of ours, such as `SGD` or `Adam`, with a `Hyper`.  `torchopt.radam`,
+    `adamax` and `adadelta` have no counterpart here.  Two limits are TorchOpt's
+    own: bias corrections of Adam and schedules are rounded to float32 even in float64
+    (hypergradients are right to about 1e-5 and 1e-8), and √v has an infinite derivative at v = 0
+    unless ``eps_root > 0``, which makes the adjoint NaN and is reported.
 
     Attributes:
         transformation: pair of functions `init` and `update`.
@@ -95,12 +96,15 @@ def as_optimizer(optimizer: Any) -> Any:
         return optimizer
     if callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None)):
         return TorchOpt(optimizer)
-    hint = ""
+    hint, name = "", type(optimizer).__name__
     if isinstance(optimizer, torch.optim.Optimizer):
         hint = " Convert it with hypergrad.from_torch(optimizer, params)."
+    elif isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        name = f"the class {optimizer.__name__}"
+        hint = f" Convert it with hypergrad.from_torch(torch.optim.{optimizer.__name__}, lr=...)."
     raise TypeError(
-        "optimizer must be a hypergrad optimizer (SGD, Adam, AdamW) or a TorchOpt transformation "
-        f"such as torchopt.adam(1e-3), but got {type(optimizer).__name__}.{hint}"
+        "optimizer must be a hypergrad optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, Lion) or a "
+        f"TorchOpt transformation such as torchopt.adam(1e-3), but got {name}.{hint}"
     )
 
 

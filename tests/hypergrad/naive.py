@@ -70,6 +70,59 @@ def adam(
     return w - lr * (state["m"] / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
 
 
+def rmsprop(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: Any,
+    alpha: Any = 0.99,
+    eps: Any = 1e-8,
+    weight_decay: Any = 0.0,
+    momentum: Any = 0.0,
+    centered: bool = False,
+) -> Tensor:
+    g = g + weight_decay * w
+    v = state["v"] = alpha * state.get("v", 0.0) + (1 - alpha) * g**2
+    if centered:
+        state["a"] = alpha * state.get("a", 0.0) + (1 - alpha) * g
+        v = v - state["a"] ** 2
+    state["b"] = momentum * state.get("b", 0.0) + g / (v.sqrt() + eps)
+    return w - lr * state["b"]
+
+
+def adagrad(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: Any,
+    lr_decay: Any = 0.0,
+    weight_decay: Any = 0.0,
+    initial_accumulator_value: Any = 0.0,
+    eps: Any = 1e-10,
+) -> Tensor:
+    t = state["t"] = state.get("t", 0) + 1
+    g = g + weight_decay * w
+    state["s"] = state.get("s", initial_accumulator_value) + g**2
+    return w - lr / (1 + (t - 1) * lr_decay) * g / (state["s"].sqrt() + eps)
+
+
+def lion(
+    w: Tensor,
+    g: Tensor,
+    state: dict[str, Any],
+    *,
+    lr: Any,
+    beta1: Any = 0.9,
+    beta2: Any = 0.99,
+    weight_decay: Any = 0.0,
+) -> Tensor:
+    m = state.get("m", torch.zeros_like(w))
+    state["m"] = beta2 * m + (1 - beta2) * g
+    return w - lr * (torch.sign(beta1 * m + (1 - beta1) * g) + weight_decay * w)
+
+
 def unroll(
     case: Case,
     rule: Callable[..., Tensor],

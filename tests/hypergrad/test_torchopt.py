@@ -10,9 +10,9 @@ import torch
 import torchopt
 from torch import Tensor
 
-from hypergrad import SGD, Adam, AdamW, Forward, TorchOpt, Unrolled, train
+from hypergrad import SGD, Adagrad, Adam, AdamW, Forward, RMSprop, TorchOpt, Unrolled, train
 from hypergrad.optimizers import as_optimizer
-from tests.hypergrad.naive import directional, error, vector
+from tests.hypergrad.naive import directional, error, unroll, vector
 from tests.hypergrad.problems import CASES, Case
 
 
@@ -48,6 +48,7 @@ TRANSFORMATIONS: dict[str, Any] = {
     "adam": lambda: torchopt.adam(0.05, eps=1e-3),
     "adamw": lambda: torchopt.adamw(0.05, eps=1e-3, weight_decay=0.1),
     "rmsprop": lambda: torchopt.rmsprop(0.01, eps=1e-3),
+    "centered": lambda: torchopt.rmsprop(0.01, eps=1e-3, momentum=0.9, centered=True),
     "adagrad": lambda: torchopt.adagrad(0.05, eps=1e-3),
     "adadelta": lambda: torchopt.adadelta(1.0, eps=1e-3),
     "schedule": lambda: torchopt.sgd(torchopt.schedule.polynomial_schedule(0.1, 0.01, 1.0, 10)),
@@ -87,6 +88,13 @@ def test_central_differences(name: str) -> None:
         (SGD(0.1, weight_decay=0.1), torchopt.sgd(0.1, weight_decay=0.1), 1e-10),
         (SGD(0.1, 0.9), torchopt.sgd(0.1, momentum=0.9), 1e-10),
         (SGD(0.1, 0.9, nesterov=True), torchopt.sgd(0.1, momentum=0.9, nesterov=True), 1e-10),
+        (
+            RMSprop(0.01, 0.9, 1e-3, 0.1, 0.8, centered=True),
+            torchopt.rmsprop(0.01, 0.9, 1e-3, 0.1, 0.8, centered=True),
+            1e-10,
+        ),
+        (Adagrad(0.1, 0.0, 0.1, 0.3), torchopt.adagrad(0.1, 0.0, 0.1, 0.3), 1e-10),
+        (Adagrad(0.1, 0.2, 0.1, 0.3), torchopt.adagrad(0.1, 0.2, 0.1, 0.3), 1e-7),
         (Adam(0.05, eps=1e-3), torchopt.adam(0.05, eps=1e-3), 1e-4),
         (
             AdamW(0.05, eps=1e-3, weight_decay=0.1),
@@ -99,6 +107,71 @@ def test_our_rules_agree(ours: Any, theirs: Any, tolerance: float) -> None:
     case = CASES["mlp"]()
     a, b = run(case, Unrolled(ours, 10)), run(case, Unrolled(theirs, 10))
     assert error(b.grad, a.grad) < tolerance
+
+
+def radam(w: Tensor, g: Tensor, state: dict[str, Any]) -> Tensor:
+    t = state["t"] = state.get("t", 0) + 1
+    state["m"] = 0.8 * state.get("m", 0.0) + 0.2 * g
+    state["v"] = 0.9 * state.get("v", 0.0) + 0.1 * g**2
+    largest, c2 = 2 / 0.1 - 1, 1 - 0.9**t
+    rho = largest - 2 * t * 0.9**t / c2
+    move = state["m"] / (1 - 0.8**t)
+    if rho > 5:
+        r = (rho - 4) * (rho - 2) * largest / ((largest - 4) * (largest - 2) * rho)
+        move = move * (r * c2) ** 0.5 / (state["v"].sqrt() + 1e-3)
+    return w - 0.05 * move
+
+
+def adamax(w: Tensor, g: Tensor, state: dict[str, Any]) -> Tensor:
+    t = state["t"] = state.get("t", 0) + 1
+    state["m"] = 0.8 * state.get("m", 0.0) + 0.2 * g
+    state["u"] = torch.maximum(0.9 * state.get("u", torch.zeros_like(g)), g.abs() + 1e-3)
+    return w - 0.05 / (1 - 0.8**t) * state["m"] / state["u"]
+
+
+def adadelta(w: Tensor, g: Tensor, state: dict[str, Any]) -> Tensor:
+    state["v"] = 0.9 * state.get("v", 0.0) + 0.1 * g**2
+    moved = torch.as_tensor(state.get("d", 0.0), dtype=g.dtype)
+    delta = ((moved + 1e-3) / (state["v"] + 1e-3)).sqrt() * g
+    state["d"] = 0.9 * moved + 0.1 * delta**2
+    return w - delta
+
+
+BEYOND_OURS: dict[str, tuple[Any, Any, Any]] = {
+    "radam": (
+        torchopt.radam(0.05, (0.8, 0.9), 1e-3),
+        radam,
+        lambda p: torch.optim.RAdam(p, 0.05, (0.8, 0.9), 1e-3),
+    ),
+    "adamax": (
+        torchopt.adamax(0.05, (0.8, 0.9), 1e-3),
+        adamax,
+        lambda p: torch.optim.Adamax(p, 0.05, (0.8, 0.9), 1e-3),
+    ),
+    "adadelta": (
+        torchopt.adadelta(1.0, 0.9, 1e-3),
+        adadelta,
+        lambda p: torch.optim.Adadelta(p, 1.0, 0.9, 1e-3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND_OURS)
+def test_optimizers_that_we_do_not_have_ourselves(name: str) -> None:
+    """Numbers of torch.optim, hypergradients of a textbook unroll."""
+    transformation, textbook, make = BEYOND_OURS[name]
+    rule, start = as_optimizer(transformation), torch.randn(7, dtype=torch.float64)
+    theirs = start.clone().requires_grad_()
+    optimizer, flat, state = make([theirs]), start, rule.init(start)
+    for _ in range(12):
+        theirs.grad = torch.randn(7, dtype=torch.float64)
+        optimizer.step()
+        flat, state = rule.update(flat, theirs.grad, state, {})
+        torch.testing.assert_close(flat, theirs.detach(), rtol=1e-12, atol=1e-12)
+
+    case = CASES["mlp"]()
+    expected, _, _ = unroll(case, textbook, lambda h, i: {}, steps=8)
+    assert error(run(case, Unrolled(transformation, 8)).grad, expected) < 1e-11
 
 
 def test_momentum_is_a_pure_function_of_its_state() -> None:

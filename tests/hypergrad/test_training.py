@@ -59,7 +59,9 @@ def test_is_the_ordinary_loop_bit_for_bit(make: Any, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize(
-    "rule", [SGD(0.1, 0.9), Adam(0.05), AdamW(0.05, amsgrad=True), torchopt.adam(0.05)], ids=str
+    "rule",
+    [SGD(0.1, 0.9), Adam(0.05), AdamW(0.05, amsgrad=True), torchopt.adam(0.05)],
+    ids=["sgd", "adam", "adamw", "torchopt"],
 )
 def test_continues_exactly_after_storing(rule: Any) -> None:
     case = CASES["mlp"]()
