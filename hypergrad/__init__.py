@@ -9,7 +9,18 @@ from hypergrad.higher_unrolled import HigherUnrolled
 from hypergrad.implicit import Implicit
 from hypergrad.linear import CG, Direct, Identity, LinearSolver, Neumann, Solution
 from hypergrad.operators import GGN, Curvature, Hessian
-from hypergrad.optimizers import SGD, Adam, AdamW, Hyper, Optimizer, TorchOpt, from_torch
+from hypergrad.optimizers import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    Hyper,
+    Lion,
+    Optimizer,
+    RMSprop,
+    TorchOpt,
+    from_torch,
+)
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.randomness import seeded
 from hypergrad.report import HypergradientReport
@@ -30,6 +41,7 @@ __all__ = [
     "PZOBO",
     "SAMA",
     "SGD",
+    "Adagrad",
     "Adam",
     "AdamW",
     "Curvature",
@@ -45,11 +57,13 @@ __all__ = [
     "Identity",
     "Implicit",
     "LinearSolver",
+    "Lion",
     "Loss",
     "ModuleProblem",
     "Neumann",
     "Optimizer",
     "Problem",
+    "RMSprop",
     "Solution",
     "Status",
     "TorchOpt",

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from hypergrad.optimizers.base import Bars, Optimizer, State, ValueBars
 from hypergrad.optimizers.flat import axpy, cast, scale
-from hypergrad.optimizers.values import Value, Values, double_dtype, is_zero
+from hypergrad.optimizers.moments import (
+    add_quotient,
+    average_of_squares,
+    double,
+    plus,
+    root_bar,
+    safe_sqrt,
+)
+from hypergrad.optimizers.values import Value, Values, check_betas, is_zero
 
 __all__ = ["Adam", "AdamW"]
 
@@ -73,9 +81,7 @@ class Adam(Optimizer):
     }
 
     def __post_init__(self) -> None:
-        if not isinstance(self.betas, tuple | list) or len(self.betas) != 2:
-            name = type(self).__name__
-            raise ValueError(f"{name} betas must be a pair (beta1, beta2), but got {self.betas!r}.")
+        check_betas(type(self).__name__, self.betas)
 
     @property
     def hyperparameters(self) -> dict[str, Value]:
@@ -110,10 +116,7 @@ class Adam(Optimizer):
         after = {"step": now.step, "exp_avg": now.m, "exp_avg_sq": now.v}
         if self.amsgrad:
             after["max_exp_avg_sq"] = now.top
-        rate = -lr / now.c1
-        if isinstance(rate, Tensor):
-            return torch.addcdiv(flat, scale(now.m, rate), now.denominator), after
-        return torch.addcdiv(flat, now.m, now.denominator, value=rate), after
+        return add_quotient(flat, -lr / now.c1, now.m, now.denominator), after
 
     def _moments(self, flat: Tensor, grad: Tensor, state: State, values: Values) -> _Moments:
         """Everything of a step but the move itself."""
@@ -123,13 +126,9 @@ class Adam(Optimizer):
             g = axpy(g, decay, flat)
         step = state["step"] + 1
         m = torch.lerp(state["exp_avg"], g, cast(1 - beta1, g))
-        v = scale(state["exp_avg_sq"], beta2)
-        if isinstance(beta2, Tensor):
-            v = torch.addcmul(v, scale(g, 1 - beta2), g)
-        else:
-            v = torch.addcmul(v, g, g, value=1 - beta2)
+        v = average_of_squares(state["exp_avg_sq"], g, beta2)
         top = torch.maximum(state["max_exp_avg_sq"], v) if self.amsgrad else v
-        c1, c2 = 1 - _double(beta1) ** step, 1 - _double(beta2) ** step
+        c1, c2 = 1 - double(beta1) ** step, 1 - double(beta2) ** step
         root, root_c2 = safe_sqrt(top), c2**0.5
         denominator = root / cast(root_c2, root) + cast(values["eps"], root)
         return _Moments(step, g, m, v, top, root, denominator, c1, root_c2)
@@ -153,31 +152,30 @@ class Adam(Optimizer):
         q = now.m / now.denominator
         bars.add("lr", out_bar, q, -1 / now.c1)
         per_denominator = scale(out_bar, -lr / now.c1) / now.denominator
-        m_bar = _plus(per_denominator, state_bar.get("exp_avg"))
+        m_bar = plus(per_denominator, state_bar.get("exp_avg"))
 
         # D = √top/√c₂ + ε
         denominator_bar = -per_denominator * q
         bars.add("eps", denominator_bar, 1.0)
-        slope = denominator_bar / (2 * now.root * cast(now.root_c2, now.root))
-        top_bar = torch.where(now.root > 0, slope, 0.0)
+        top_bar = root_bar(denominator_bar, now.root, now.root_c2)
         before: Bars = {}
         if self.amsgrad:
-            top_bar = _plus(top_bar, state_bar.get("max_exp_avg_sq"))
+            top_bar = plus(top_bar, state_bar.get("max_exp_avg_sq"))
             risen = now.v >= state["max_exp_avg_sq"]
             before["max_exp_avg_sq"] = torch.where(risen, 0.0, top_bar)
             top_bar = torch.where(risen, top_bar, 0.0)
-        v_bar = _plus(top_bar, state_bar.get("exp_avg_sq"))
+        v_bar = plus(top_bar, state_bar.get("exp_avg_sq"))
 
         # m = β₁m₀ + (1 − β₁)g,  v = β₂v₀ + (1 − β₂)g²
         before["exp_avg"] = scale(m_bar, beta1)
         before["exp_avg_sq"] = scale(v_bar, beta2)
         g_bar = scale(m_bar, 1 - beta1) + scale(v_bar, 2 * (1 - beta2)) * now.g
         if "beta1" in bars:
-            dc1 = -now.step * _double(beta1) ** (now.step - 1)
+            dc1 = -now.step * double(beta1) ** (now.step - 1)
             bars.add("beta1", out_bar, q, lr * dc1 / now.c1**2)
             bars.add("beta1", m_bar, state["exp_avg"] - now.g)
         if "beta2" in bars:
-            dc2 = -now.step * _double(beta2) ** (now.step - 1)
+            dc2 = -now.step * double(beta2) ** (now.step - 1)
             bars.add("beta2", denominator_bar, now.root, -dc2 / (2 * now.root_c2**3))
             bars.add("beta2", v_bar, state["exp_avg_sq"] - now.g**2)
 
@@ -201,19 +199,3 @@ class AdamW(Adam):
     weight_decay: Value = 1e-2
 
     decoupled: ClassVar[bool] = True
-
-
-def safe_sqrt(x: Tensor) -> Tensor:
-    """Return √x with derivative 0 at x = 0, to every order."""
-    if not x.requires_grad:
-        return x.sqrt()
-    zero = x == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, x).sqrt())
-
-
-def _double(beta: float | Tensor) -> float | Tensor:
-    return beta.to(double_dtype(beta.device)) if isinstance(beta, Tensor) else beta
-
-
-def _plus(x: Tensor, y: Tensor | None) -> Tensor:
-    return x if y is None else x + y

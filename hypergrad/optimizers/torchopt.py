@@ -95,12 +95,15 @@ def as_optimizer(optimizer: Any) -> Any:
         return optimizer
     if callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None)):
         return TorchOpt(optimizer)
-    hint = ""
+    hint, name = "", type(optimizer).__name__
     if isinstance(optimizer, torch.optim.Optimizer):
         hint = " Convert it with hypergrad.from_torch(optimizer, params)."
+    elif isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        name = f"the class {optimizer.__name__}"
+        hint = f" Convert it with hypergrad.from_torch(torch.optim.{optimizer.__name__}, lr=...)."
     raise TypeError(
-        "optimizer must be a hypergrad optimizer (SGD, Adam, AdamW) or a TorchOpt transformation "
-        f"such as torchopt.adam(1e-3), but got {type(optimizer).__name__}.{hint}"
+        "optimizer must be a hypergrad optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, Lion) or a "
+        f"TorchOpt transformation such as torchopt.adam(1e-3), but got {name}.{hint}"
     )
 
 

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from hypergrad.tree import Leaves, Tree, leaf_names
 
-__all__ = ["Hyper", "Value", "Values", "constants", "double_dtype", "is_zero", "resolve", "tuned"]
+__all__ = [
+    "Hyper",
+    "Value",
+    "Values",
+    "check_betas",
+    "constants",
+    "double_dtype",
+    "is_zero",
+    "resolve",
+    "tuned",
+]
 
 Value = Any
 """``float | Tensor | Hyper | tree of these``; see `Optimizer`."""
@@ -153,6 +163,12 @@ def constants(values: Values) -> Values:
 def is_zero(value: Value) -> bool:
     """Whether a value is the number 0, so that its term can be left out."""
     return isinstance(value, int | float) and value == 0
+
+
+def check_betas(name: str, betas: Any) -> None:
+    """Raise ValueError unless betas are a pair."""
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"{name} betas must be a pair (beta1, beta2), but got {betas!r}.")
 
 
 def tuned(values: Values) -> dict[str, Tensor]:
