@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad.attention import math_attention
+from hypergrad.eager import eagerly, is_compiled
 from hypergrad.swap import Swap
 from hypergrad.tree import Leaves, Tree, zeros_for_none
 from hypergrad.views import TwoViewLoss, two_view_grad
@@ -61,19 +63,26 @@ def module_problem(
     changed by a hypergradient; in train mode BatchNorm normalizes by the batch, in eval mode
     by the module's own running statistics.
     Frozen parameters stay constant; tied parameters appear once, under their first name.
+    A module under `torch.compile` runs eagerly in the inner loss: a compiled graph has no second
+    derivative.  To save time, compile the hypergradient instead.
     """
     swap = Swap(module)
+    compiled = is_compiled(module)
 
-    def functional(loss: ModuleLoss) -> Loss:
+    def functional(loss: ModuleLoss, twice: bool) -> Loss:
         def evaluate(params: Tree, hparams: Tree, batch: Any) -> Tensor:
             buffers = {name: b.detach().clone() for name, b in swap.buffers().items()}
-            with swap.filled({**buffers, **params}):
+            with swap.filled({**buffers, **params}), eagerly() if twice else nullcontext():
                 return loss(module, hparams, batch)
 
         return evaluate
 
     problem = ModuleProblem(
-        functional(inner_loss), functional(outer_loss), module, inner_loss, outer_loss
+        functional(inner_loss, compiled),
+        functional(outer_loss, False),
+        module,
+        inner_loss,
+        outer_loss,
     )
     return problem, dict(module.named_parameters())
 
