@@ -66,9 +66,7 @@ def module_problem(
 
     def functional(loss: ModuleLoss) -> Loss:
         def evaluate(params: Tree, hparams: Tree, batch: Any) -> Tensor:
-            buffers = {name: b.detach().clone() for name, b in swap.buffers().items()}
-            with swap.filled({**buffers, **params}):
-                return loss(module, hparams, batch)
+            return swap.call(params, lambda module: loss(module, hparams, batch))
 
         return evaluate
 
