@@ -12,8 +12,8 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from hypergrad.implicit import Implicit, ImplicitState
-from hypergrad.implicit_solution import ImplicitRun
+from hypergrad.implicit import Implicit
+from hypergrad.implicit_solution import AdjointState, ImplicitRun
 from hypergrad.modules import view
 from hypergrad.optimizers import Hyper, Optimizer, State, as_optimizer, from_torch
 from hypergrad.optimizers.values import is_zero
@@ -37,12 +37,12 @@ class SolverState(TypedDict):
     Attributes:
         params: the last solution, where ``warm_start=True``; None before the first call.
         optimizer: state of the optimizer there.
-        implicit: last solution of the linear system of `Implicit`, its warm start.
+        implicit: where the linear solver of `Implicit` starts.
     """
 
     params: list[Tensor] | None
     optimizer: State | None
-    implicit: ImplicitState
+    implicit: AdjointState
 
 
 class Solver(Generic[ModelT]):
@@ -123,7 +123,7 @@ class Solver(Generic[ModelT]):
         self.state: SolverState = {
             "params": None,
             "optimizer": None,
-            "implicit": {"adjoint": None},
+            "implicit": {"adjoint": None, "solver": None},
         }
 
     def state_dict(self) -> SolverState:
@@ -247,7 +247,7 @@ class Solver(Generic[ModelT]):
             method=self.method,
             steps=self.steps,
             grad_norm=self.grad_norm,
-            memory=self.state["implicit"],
+            state=self.state["implicit"],
         )
 
 
