@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -14,8 +14,8 @@ from torch.autograd import Function
 from hypergrad.attention import math_attention
 from hypergrad.first_order import replayed
 from hypergrad.flat import FlatSpace
-from hypergrad.implicit import Implicit, ImplicitState
-from hypergrad.linear import Solution
+from hypergrad.implicit import Implicit
+from hypergrad.linear import Memory, Solution
 from hypergrad.operators import Hessian
 from hypergrad.problem import inner_gradient
 from hypergrad.randomness import RandomState
@@ -23,7 +23,19 @@ from hypergrad.solution import Grads, Run, aliases, descend, direct_grads
 from hypergrad.status import Status
 from hypergrad.tree import Leaves, zeros_for_none
 
-__all__ = ["ImplicitRun"]
+__all__ = ["AdjointState", "ImplicitRun"]
+
+
+class AdjointState(TypedDict):
+    """Where the next linear solve starts.
+
+    Attributes:
+        adjoint: the last solution q, shape (d,).
+        solver: what the solver keeps, such as a preconditioner.
+    """
+
+    adjoint: Tensor | None
+    solver: Memory | None
 
 
 @dataclass
@@ -36,13 +48,13 @@ class ImplicitRun(Run):
         method: linear solver and operator.
         steps: most training steps.
         grad_norm: train until ‖∇_w f‖₂ is at most this; None for all the steps.
-        memory: where the linear solver starts; its last solution is put back here.
+        state: where the linear solver starts; a pullback puts its solution back here.
     """
 
     method: Implicit = field(kw_only=True)
     steps: int = field(kw_only=True)
     grad_norm: float | None = field(kw_only=True)
-    memory: ImplicitState = field(kw_only=True)
+    state: AdjointState = field(kw_only=True)
 
     def forward(self) -> list[Tensor]:
         end = descend(self, self.steps, self.grad_norm)
@@ -54,10 +66,10 @@ class ImplicitRun(Run):
         with replayed(self._random), math_attention():
             point = self.method.operator.at(self.problem, w, self.hparams, self.batch)
             b = point.space.pack(bars)
-            found = self.method.solver.solve(point.matvec, b, self.memory["adjoint"])
+            start = self.state["adjoint"] if self.method.warm_start else None
+            found = self.method.solver.solve(point.matvec, b, start, self.state["solver"])
             cross = point.cross(found.x)
-        if self.method.warm_start:
-            self.memory["adjoint"] = found.x
+        self.state["adjoint"], self.state["solver"] = found.x, found.memory
         self._note(found)
         return [None] * len(end), [None if c is None else -c for c in cross]
 

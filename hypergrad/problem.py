@@ -71,9 +71,8 @@ def module_problem(
 
     def functional(loss: ModuleLoss, twice: bool) -> Loss:
         def evaluate(params: Tree, hparams: Tree, batch: Any) -> Tensor:
-            buffers = {name: b.detach().clone() for name, b in swap.buffers().items()}
-            with swap.filled({**buffers, **params}), eagerly() if twice else nullcontext():
-                return loss(module, hparams, batch)
+            with eagerly() if twice else nullcontext():
+                return swap.call(params, lambda module: loss(module, hparams, batch))
 
         return evaluate
 

@@ -12,17 +12,18 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from hypergrad.implicit import Implicit, ImplicitState
-from hypergrad.implicit_solution import ImplicitRun
-from hypergrad.modules import call_with, view
+from hypergrad.implicit import Implicit
+from hypergrad.implicit_solution import AdjointState, ImplicitRun
+from hypergrad.modules import view
 from hypergrad.optimizers import Hyper, Optimizer, State, as_optimizer, from_torch
 from hypergrad.optimizers.values import is_zero
 from hypergrad.problem import Problem
 from hypergrad.solution import Report, Run, descend, solution
+from hypergrad.swap import Swap
 from hypergrad.training import check_steps
 from hypergrad.tree import Leaves, Tree, hyper_leaves, leaf_names, trainable_leaves
 from hypergrad.unrolled import Unrolled
-from hypergrad.unrolled_solution import UnrolledRun
+from hypergrad.unrolled_solution import ForwardRun, UnrolledRun
 from hypergrad.views import TwoViewLoss
 
 __all__ = ["Solver", "SolverState"]
@@ -36,12 +37,12 @@ class SolverState(TypedDict):
     Attributes:
         params: the last solution, where ``warm_start=True``; None before the first call.
         optimizer: state of the optimizer there.
-        implicit: last solution of the linear system of `Implicit`, its warm start.
+        implicit: where the linear solver of `Implicit` starts.
     """
 
     params: list[Tensor] | None
     optimizer: State | None
-    implicit: ImplicitState
+    implicit: AdjointState
 
 
 class Solver(Generic[ModelT]):
@@ -122,7 +123,7 @@ class Solver(Generic[ModelT]):
         self.state: SolverState = {
             "params": None,
             "optimizer": None,
-            "implicit": {"adjoint": None},
+            "implicit": {"adjoint": None, "solver": None},
         }
 
     def state_dict(self) -> SolverState:
@@ -158,11 +159,8 @@ class Solver(Generic[ModelT]):
         """
         params, start = self._start()
         hyper, given, module = _hyper(hparams)
-        if self.warm_start and not given and torch.is_grad_enabled() and not _NESTED.get():
-            raise ValueError(
-                "warm_start=True without hparams: the solution depends on nothing that could get "
-                "a gradient; pass hparams, or start at the model's parameters."
-            )
+        if not given and torch.is_grad_enabled() and not _NESTED.get():
+            self._check_start()
         run = self._run(self._problem(module), params, hyper, batch)
         if torch.is_grad_enabled():
             end = solution(run, start, given)
@@ -199,30 +197,46 @@ class Solver(Generic[ModelT]):
             )
         return replace(leaves, tensors=[t.detach().requires_grad_() for t in last]), last
 
+    def _check_start(self) -> None:
+        """Raise ValueError unless the solution depends on the model's parameters."""
+        reason = None
+        if self.warm_start:
+            reason = "warm_start=True starts elsewhere"
+        elif isinstance(self.method, Implicit):
+            reason = "a minimum does not depend on where training started"
+        elif self.method.memory == "forward":
+            reason = "memory='forward' carries derivatives in hparams only"
+        if reason:
+            raise ValueError(
+                f"without hparams only the start could get a gradient, but {reason}; pass hparams."
+            )
+
     def _problem(self, hyper_module: nn.Module | None) -> Problem:
         """Return the losses over trees of tensors."""
+        model = Swap(self.model) if isinstance(self.model, nn.Module) else None
+        hyper = Swap(hyper_module) if hyper_module is not None else None
+
+        def given_hparams(params: Tree, *rest: Any) -> Tensor:
+            if model is None:
+                return self.loss(params, *rest)
+            return model.call(params, lambda module: self.loss(module, *rest))
 
         def evaluate(params: Tree, hparams: Tree, batch: Any) -> Tensor:
             with _nested():
-                if hyper_module is None:
-                    return self._evaluate(params, batch, hparams)
-                return call_with(
-                    hyper_module, hparams, lambda module: self._evaluate(params, batch, module)
-                )
+                if hparams is None:
+                    return given_hparams(params, batch)
+                if hyper is None:
+                    return given_hparams(params, batch, hparams)
+                return hyper.call(hparams, lambda module: given_hparams(params, batch, module))
 
         return Problem(evaluate, evaluate)
-
-    def _evaluate(self, params: Tree, batch: Any, hparams: Any) -> Tensor:
-        rest = (batch,) if hparams is None else (batch, hparams)
-        if isinstance(self.model, nn.Module):
-            return call_with(self.model, params, lambda model: self.loss(model, *rest))
-        return self.loss(params, *rest)
 
     def _run(self, problem: Problem, params: Leaves, hyper: Leaves, batch: Any) -> Run:
         state = self.state["optimizer"]
         level = (problem, params, hyper, self.optimizer, state, batch)
         if isinstance(self.method, Unrolled):
-            return UnrolledRun(*level, method=self.method)
+            kind = ForwardRun if self.method.memory == "forward" else UnrolledRun
+            return kind(*level, method=self.method)
         if callable(batch):
             raise ValueError(
                 "Implicit differentiates one loss, but batch is a function of the step; pass one "
@@ -233,7 +247,7 @@ class Solver(Generic[ModelT]):
             method=self.method,
             steps=self.steps,
             grad_norm=self.grad_norm,
-            memory=self.state["implicit"],
+            state=self.state["implicit"],
         )
 
 

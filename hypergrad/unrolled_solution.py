@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from hypergrad.attention import math_attention
 from hypergrad.first_order import replayed
+from hypergrad.forward import Pushforward
 from hypergrad.optimizers.base import State, vectors
-from hypergrad.optimizers.flat import flatten, unflatten
-from hypergrad.optimizers.values import constants, tuned
+from hypergrad.optimizers.flat import flatten, unflatten, widen
+from hypergrad.optimizers.values import Values, constants, tuned
 from hypergrad.problem import inner_gradient
 from hypergrad.randomness import RandomState
 from hypergrad.solution import Grads, Report, Run, aliases, direct_grads
@@ -20,7 +22,7 @@ from hypergrad.trajectory import Trajectory
 from hypergrad.tree import Leaves
 from hypergrad.unrolled import Unrolled
 
-__all__ = ["UnrolledRun"]
+__all__ = ["ForwardRun", "UnrolledRun"]
 
 
 @dataclass
@@ -82,9 +84,7 @@ class UnrolledRun(Run):
         values = self.optimizer.resolve(hparams.tree(), params)
         numbers = constants(values)
         first = self.method.steps - self._window
-        loop = Loop(
-            self.problem, self.params, detached(hparams), self.optimizer, numbers, self.batch
-        )
+        loop = self._loop(numbers)
         flat, state = flatten(params.tensors), self._before(loop)
         if first:
             before = flat
@@ -104,6 +104,43 @@ class UnrolledRun(Run):
             flat = after
         return flat
 
+    def _loop(self, numbers: Values) -> Loop:
+        fixed = detached(self.hparams)
+        return Loop(self.problem, self.params, fixed, self.optimizer, numbers, self.batch)
+
     def _before(self, loop: Loop) -> State:
         _, state = loop.start(self._begin)
         return {**state, **{k: v.detach() for k, v in vectors(state).items()}}
+
+
+@dataclass
+class ForwardRun(UnrolledRun):
+    """The same with ``memory="forward"``: tangents dw_T/dh carried along, none for w₀."""
+
+    def forward(self) -> list[Tensor]:
+        self._begin = self.optimizer_state
+        self._random = RandomState.capture(self.devices)
+        self._trajectory = None
+        with torch.enable_grad():
+            values = self.optimizer.resolve(self.hparams.tree(), self.params)
+        loop = self._loop(constants(values))
+        self._pushforward = Pushforward(loop, self.hparams, tuned(values))
+        flat, state = loop.start(self._begin)
+        with math_attention():
+            for t in range(self.method.steps):
+                flat, state = self._pushforward.step(t, flat, state)
+        self.optimizer_state = state
+        products = self.method.steps * len(self._pushforward.tangents)
+        self.report = Report(self.method.steps, n_hvp=products, status=Status.EXACT)
+        return [t.clone() for t in unflatten(flat, self.params.tensors)]
+
+    def pullback(self, bars: list[Tensor], end: list[Tensor]) -> tuple[Grads, Grads]:
+        w_bar = widen(flatten(bars))
+        return [None] * len(self.params.tensors), self._pushforward.contract(w_bar)
+
+    def differentiable_pullback(
+        self, bars: list[Tensor], end: list[Tensor], start: list[Tensor], hyper: list[Tensor]
+    ) -> tuple[Grads, Grads]:
+        """In reverse mode, as a derivative of higher order needs the graph of all steps anyway."""
+        _, grads = super().differentiable_pullback(bars, end, start, hyper)
+        return [None] * len(start), grads

@@ -256,7 +256,7 @@ def test_optimizer_numbers_are_hyperparameters() -> None:
     assert error(found, expected.grad["decay"]) < 1e-12
 
 
-@pytest.mark.parametrize("memory", ["graph", "replay", "segments"])
+@pytest.mark.parametrize("memory", ["graph", "replay", "segments", "auto", "forward"])
 def test_gradients_accumulate_and_a_graph_can_be_kept(memory: Any) -> None:
     model = build(mlp)
     h = torch.ones(12, dtype=torch.float64, requires_grad=True)
@@ -293,6 +293,24 @@ def test_without_gradients_it_is_plain_training() -> None:
         graph = solve(TRAIN, hparams)
         for model in (fitted, graph):
             assert all(torch.equal(p, expected[k]) for k, p in model.named_parameters())
+
+
+def test_forward_mode_carries_tangents_of_the_hyperparameters() -> None:
+    model = build(mlp)
+    found = []
+    for memory in ("forward", "graph"):
+        hparams = {"lr": torch.tensor(0.1, dtype=torch.float64, requires_grad=True)}
+        method = Unrolled(steps=5, memory=memory)  # type: ignore[arg-type]
+        rule = {"lr": Hyper("lr"), "momentum": 0.9, "method": method}
+        loss = task(Solver(model, task, torch.optim.SGD, **rule)(TRAIN, hparams), VAL)
+        first = torch.autograd.grad(loss, hparams["lr"], create_graph=True)[0]
+        second = torch.autograd.grad(first, hparams["lr"])[0]
+        model.zero_grad()
+        loss = task(Solver(model, task, torch.optim.SGD, **rule)(TRAIN, hparams), VAL)
+        loss.backward()
+        found.append([loss.detach(), hparams["lr"].grad, first.detach(), second])
+        assert (model[0].weight.grad is None) == (memory == "forward")
+    torch.testing.assert_close(*found, rtol=1e-12, atol=0)
 
 
 def test_a_batch_for_each_step() -> None:
@@ -484,8 +502,11 @@ def test_bad_calls() -> None:
     with pytest.raises(ValueError, match="batch is a function of the step"):
         implicit(lambda t: batch, h)
     warm = Solver(mlp(), task, torch.optim.SGD, method=Unrolled(steps=2), warm_start=True)
-    with pytest.raises(ValueError, match="warm_start=True without hparams"):
-        warm(batch)
+    forward = Solver(mlp(), task, torch.optim.SGD, method=Unrolled(steps=2, memory="forward"))
+    reasons = {warm: "starts elsewhere", implicit: "where training started", forward: "forward"}
+    for solve, reason in reasons.items():
+        with pytest.raises(ValueError, match=f"without hparams only the start .*{reason}"):
+            solve(batch)
     with pytest.raises(ValueError, match="state must have the entries"):
         warm.load_state_dict({})  # type: ignore[typeddict-item]
     warm(batch, h)
