@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hypergrad.attention import math_attention
 from hypergrad.eager import eagerly, is_compiled
 from hypergrad.swap import Swap
+from hypergrad.traced import is_traced
 from hypergrad.tree import Leaves, Tree, zeros_for_none
 from hypergrad.views import TwoViewLoss, two_view_grad
 
@@ -161,12 +162,14 @@ def check_scalar(value: Any, which: str, at: str = "") -> None:
             f"{which} must return a floating scalar tensor, but got shape {tuple(value.shape)} "
             f"and dtype {value.dtype}{at}; reduce it with .mean() or .sum()."
         )
-    if not math.isfinite(value.item()):
+    if not is_traced() and not math.isfinite(value.item()):
         raise FloatingPointError(f"{which} is {value.item()}{at}; expected a finite number.")
 
 
 def check_finite(grads: Sequence[Tensor], names: Sequence[str], what: str) -> None:
     """Raise FloatingPointError naming the first tensor with a NaN or an infinity."""
+    if is_traced():
+        return
     for grad, name in zip(grads, names, strict=True):
         if not bool(torch.isfinite(grad).all()):
             bad = int((~torch.isfinite(grad)).sum())
