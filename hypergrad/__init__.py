@@ -36,6 +36,7 @@ from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
 from hypergrad.randomness import seeded
 from hypergrad.report import HypergradientReport
 from hypergrad.sama import SAMA
+from hypergrad.solver import Solver
 from hypergrad.status import Status
 from hypergrad.training import Trained, train
 from hypergrad.unrolled import Unrolled
@@ -80,6 +81,7 @@ __all__ = [
     "Problem",
     "RMSprop",
     "Solution",
+    "Solver",
     "Status",
     "TorchOpt",
     "Trained",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from torch import Tensor
 
+from hypergrad.compiled.session import Arguments, run
+from hypergrad.compiled.implicit import implicit
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.linear import CG, LinearSolver
 from hypergrad.operators import Curvature, Hessian
@@ -43,6 +45,7 @@ class Implicit(Estimator[ImplicitState]):
     solver: LinearSolver = field(default_factory=CG)
     operator: Curvature = field(default_factory=Hessian)
     warm_start: bool = True
+    compile: Literal["off", "step", "solve"] = "off"
 
     def init(self, problem: Problem, params: Tree, hparams: Tree) -> ImplicitState:
         return {"adjoint": None}
@@ -56,11 +59,14 @@ class Implicit(Estimator[ImplicitState]):
         outer_batch: Any,
         state: ImplicitState,
     ) -> tuple[Hypergradient, ImplicitState]:
+        if self.compile != "off":
+            arguments = Arguments(problem, params, hparams, inner_batch, outer_batch, state)
+            return run(self, implicit, arguments)
         w, h = trainable_leaves(params), hyper_leaves(hparams)
         value, outer_grad, direct = outer_gradients(problem, w, h, outer_batch)
         point = self.operator.at(problem, w, h, inner_batch)
         b = point.space.pack(outer_grad)
-        solution = self.solver.solve(point.matvec, b, self._start(state, b))
+        solution = self.solver.solve(point.matvec, b, self.start(state, b))
         cross = point.cross(solution.x)
         grad = total_gradient(
             h,
@@ -80,7 +86,7 @@ class Implicit(Estimator[ImplicitState]):
         )
         return hypergradient, {"adjoint": solution.x}
 
-    def _start(self, state: ImplicitState, b: Tensor) -> Tensor | None:
+    def start(self, state: ImplicitState, b: Tensor) -> Tensor | None:
         start = state["adjoint"] if self.warm_start else None
         if start is not None and start.shape != b.shape:
             raise ValueError(
