@@ -38,12 +38,12 @@ class Traced:
 class Graph:
     """A compiled function of tensors of fixed shapes, strides, dtypes and devices."""
 
-    function: Callable[..., Sequence[Tensor]]
+    function: Callable[[list[Tensor]], Sequence[Tensor]]
     captured: list[Tensor]
 
     def __call__(self, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the outputs; inputs must not require grad under grad mode."""
-        return self.function(*inputs, *self.captured)
+        return self.function([*inputs, *self.captured])
 
 
 def trace(function: TensorFunction, inputs: Sequence[Tensor]) -> Traced:
@@ -57,6 +57,7 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor]) -> Traced:
             changes a tensor that it did not make.
     """
     from torch._functorch.compile_utils import fx_graph_cse
+    from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
     # make_fx takes two inputs that are one object for one variable.
@@ -64,7 +65,12 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor]) -> Traced:
     random = RandomState.capture({t.device for t in inputs})
     try:
         with random.restored_after(), math_attention(), torch.no_grad():
-            module = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*distinct)
+            module = make_fx(
+                function,
+                tracing_mode="fake",
+                decomposition_table=select_decomp_table(),
+                _allow_non_fake_inputs=True,
+            )(*distinct)
     except Exception as error:
         raise CannotCompileError(f"it cannot be traced: {_first_line(error)}") from error
     captured = _lift_constants(module)
@@ -82,11 +88,21 @@ def compile_graph(traced: Traced) -> Graph:
     Raises:
         CannotCompileError: inductor or the C++ compiler failed, or there is none.
     """
-    from torch import _inductor as inductor
+    from torch._guards import TracingContext, tracing
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+    # Inductor keeps graphs on disk for the next process only where it finds a shape environment.
+    fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     try:
-        with torch.no_grad():
-            function: Any = inductor.compile(traced.module, traced.inputs)
+        with torch.no_grad(), tracing(TracingContext(fake)):
+            inputs = [fake.from_tensor(t, static_shapes=True) for t in traced.inputs]
+            FakeTensorProp(traced.module, fake).propagate_dont_convert_inputs(*inputs)
+            module = joint_graph_passes(traced.module)
+            function: Any = compile_fx_inner(module, inputs, is_inference=True)
     except Exception as error:
         raise CannotCompileError(f"inductor failed: {_first_line(error)}") from error
     return Graph(function, traced.captured)
