@@ -67,9 +67,7 @@ class Cache:
         self._entries.clear()
         self._made.clear()
 
-    def get(
-        self, problem: Problem, key: Hashable, build: Callable[[], Any]
-    ) -> tuple[Entry, float]:
+    def get(self, problem: Problem, key: Hashable, build: Callable[[], Any]) -> tuple[Entry, float]:
         """Return the entry of a problem and key, and the seconds spent to make it.
 
         Args:

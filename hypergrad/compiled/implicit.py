@@ -19,7 +19,7 @@ from hypergrad.compiled.report import CannotCompileError
 from hypergrad.compiled.session import Arguments, Session
 from hypergrad.estimator import Hypergradient
 from hypergrad.flat import FlatSpace
-from hypergrad.linear import Direct
+from hypergrad.linear import CG, Direct
 from hypergrad.outer import outer_gradients, total_gradient
 from hypergrad.problem import Problem
 from hypergrad.tree import Leaves, hyper_leaves, trainable_leaves
@@ -121,10 +121,12 @@ def implicit(
                 return None
             _, end, used, status = found
             residual: float | None = end.length
+            memory = None
         else:
             solution = estimator.solver.solve(
-                lambda v: program.products([*kept, v])[0], size * b, x0
+                lambda v: program.products([*kept, v])[0], size * b, x0, arguments.state["solver"]
             )
+            memory = solution.memory
             end = check(solution.x / norm if norm else solution.x)
             used, status, residual = solution.n_matvec, solution.status, solution.residual
     if not math.isfinite(end.length) or not math.isfinite(value.item()):
@@ -140,13 +142,18 @@ def implicit(
         n_grad=program.n_grad,
         status=status,
     )
-    return hypergradient, {"adjoint": q}
+    return hypergradient, {"adjoint": q, "solver": memory}
 
 
 def _build(estimator: Implicit, problem: Problem, given: _Inputs, layouts: _Layouts) -> _Program:
     solver, groups, n_grad = estimator.solver, Groups(*given), 0
     if isinstance(solver, Direct) and solver.chunk > 1:
         raise CannotCompileError("Direct evaluates products by vmap; use Direct(chunk=1)")
+    if isinstance(solver, CG) and solver.preconditioner is not None:
+        if estimator.compile == "solve":
+            raise CannotCompileError("compile='solve' has no preconditioner; use compile='step'")
+        if solver.preconditioner.chunk > 1:
+            raise CannotCompileError("Nystrom evaluates products by vmap; use Nystrom(chunk=1)")
     has_direct: list[bool] = []
     has_cross: list[bool] = []
 

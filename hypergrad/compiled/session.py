@@ -106,9 +106,7 @@ def run(estimator: Any, compute: Compute, arguments: Arguments) -> tuple[Hypergr
     return replace(found[0], compiled=report), found[1]
 
 
-def _check(
-    entries: list[Entry], found: Hypergradient, eager: Any, arguments: Arguments
-) -> None:
+def _check(entries: list[Entry], found: Hypergradient, eager: Any, arguments: Arguments) -> None:
     """Compare a first result with the eager one.
 
     Raises:
