@@ -116,7 +116,7 @@ class ImplicitRun(Run):
             found.n_matvec + 1,
             found.status,
         )
-        if found.status in (Status.NEGATIVE_CURVATURE, Status.BREAKDOWN, Status.DIVERGED):
+        if not found.status.ok and found.status not in (Status.MAX_ITER, Status.STALLED):
             warnings.warn(
                 f"implicit hypergradient: {found.status} (relative residual {found.residual}).",
                 RuntimeWarning,
