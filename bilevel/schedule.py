@@ -70,7 +70,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
                 f"{name!r} has more than {self.limit} elements, so only quantiles were kept: use "
                 f"schedule.summary({name!r}), or tune(..., history=N) to keep more."
             )
-        return torch.stack(self._rows[name]).numpy()
+        return torch.stack(self._history(name)).numpy()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schedule) and self.columns() == other.columns()
@@ -84,10 +84,16 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
 
     def summary(self, name: str) -> NDArray[np.float64]:
         """Return minimum, quartiles, maximum and mean over the elements, shape (rows, 6)."""
-        rows = self._rows[name]
+        rows = self._history(name)
         if name not in self._large:
             rows = [_summarize(row) for row in rows]
         return torch.stack(rows).numpy()
+
+    def _history(self, name: str) -> list[Tensor]:
+        if name not in self._rows:
+            known = ", ".join(self.names)
+            raise KeyError(f"{name!r} did not move in this run; the schedule has {known}.")
+        return self._rows[name]
 
     def at(self, step: int) -> dict[str, Tensor]:
         """Return the values in force during inner step `step` (from 0), as float64 tensors.

@@ -58,10 +58,10 @@ def run_comparison(
     kind = registry.get(learner)
     tasks.get(task, seed=seeds[0], **options)
     plan = ways(kind.space, budget, trials)
-    check_folder(out, "--out")
     url = parse_storage(storage or out / f"{task}.db")
     if resume and url.database and url.drivername == "sqlite" and not Path(url.database).exists():
         raise StorageError(f"--resume: there is nothing stored in {masked(url)} yet.")
+    check_folder(out, "--out")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     threads = torch.get_num_threads()
     # Small networks: a second thread costs more than it brings.
