@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypedDict
+from typing import Any, cast
 
+import optree
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -14,28 +15,23 @@ from torch.autograd import Function
 from hypergrad.attention import math_attention
 from hypergrad.first_order import replayed
 from hypergrad.flat import FlatSpace
-from hypergrad.implicit import Implicit
-from hypergrad.linear import Memory, Solution
+from hypergrad.implicit import Implicit, ImplicitState
 from hypergrad.operators import Hessian
 from hypergrad.problem import inner_gradient
 from hypergrad.randomness import RandomState
 from hypergrad.solution import Grads, Run, aliases, descend, direct_grads
 from hypergrad.status import Status
-from hypergrad.tree import Leaves, zeros_for_none
+from hypergrad.tree import Leaves, Tree, zeros_for_none
 
-__all__ = ["AdjointState", "ImplicitRun"]
+__all__ = ["ImplicitRun", "pairing"]
 
 
-class AdjointState(TypedDict):
-    """Where the next linear solve starts.
-
-    Attributes:
-        adjoint: the last solution q, shape (d,).
-        solver: what the solver keeps, such as a preconditioner.
-    """
-
-    adjoint: Tensor | None
-    solver: Memory | None
+def pairing(params: Tree, hparams: Tree, bars: Sequence[Tensor]) -> Tensor:
+    """⟨w̄, w⟩ as an outer loss: its hypergradient is (dw*/dh)ᵀ w̄."""
+    trained = {id(t): t for t in optree.tree_leaves(params) if t.requires_grad}.values()
+    value = sum((bar * t).sum() for bar, t in zip(bars, trained, strict=True))
+    # Every hyperparameter enters, so that one without effect gets zero.
+    return cast(Tensor, value + sum(0 * h.sum() for h in optree.tree_leaves(hparams)))
 
 
 @dataclass
@@ -54,7 +50,7 @@ class ImplicitRun(Run):
     method: Implicit = field(kw_only=True)
     steps: int = field(kw_only=True)
     grad_norm: float | None = field(kw_only=True)
-    state: AdjointState = field(kw_only=True)
+    state: ImplicitState = field(kw_only=True)
 
     def forward(self) -> list[Tensor]:
         end = descend(self, self.steps, self.grad_norm)
@@ -62,16 +58,25 @@ class ImplicitRun(Run):
         return end
 
     def pullback(self, bars: list[Tensor], end: list[Tensor]) -> tuple[Grads, Grads]:
-        w = _leaves(self.params, end)
-        with replayed(self._random), math_attention():
-            point = self.method.operator.at(self.problem, w, self.hparams, self.batch)
-            b = point.space.pack(bars)
-            start = self.state["adjoint"] if self.method.warm_start else None
-            found = self.method.solver.solve(point.matvec, b, start, self.state["solver"])
-            cross = point.cross(found.x)
-        self.state["adjoint"], self.state["solver"] = found.x, found.memory
-        self._note(found)
-        return [None] * len(end), [None if c is None else -c for c in cross]
+        """By the estimator itself, with the outer loss `pairing`."""
+        nothing: Grads = [None] * len(end)
+        if not self.hparams.tensors:
+            return nothing, []
+        method, problem, hparams = self.method, self.problem, self.hparams.tree()
+        if len(optree.tree_leaves(hparams)) > len(self.hparams.tensors):
+            hparams = self.hparams.tensors  # in a level above, the rest is constant
+            problem = replace(problem, inner_loss=self._at_constants)
+            method = replace(method, compile="off")
+        params = _leaves(self.params, end).tree()
+        with torch.enable_grad(), replayed(self._random), math_attention():
+            found, state = method(problem, params, hparams, self.batch, bars, self.state)
+        self.state.update(state)
+        self._note(found.residual, found.n_hvp, found.status)
+        self.report.compiled = found.compiled
+        return nothing, optree.tree_leaves(found.grad)
+
+    def _at_constants(self, params: Tree, hparams: list[Tensor], batch: Any) -> Tensor:
+        return self.problem.inner_loss(params, self.hparams.rebuild(hparams), batch)
 
     def differentiable_pullback(
         self, bars: list[Tensor], end: list[Tensor], start: list[Tensor], hyper: list[Tensor]
@@ -91,12 +96,13 @@ class ImplicitRun(Run):
         return [None] * len(end), direct_grads(gradient, h.tensors, -q, create_graph=True)
 
     def solve(self, b: Tensor, end: Sequence[Tensor], hyper: Sequence[Tensor]) -> Tensor:
-        """Return A⁻¹b with A = ∂²f/∂w² at (w*, h), without a graph."""
+        """Return (∂²f/∂w²)⁻¹ b at (w*, h), without a graph."""
         w, h = _leaves(self.params, end), _leaves(self.hparams, hyper)
         with replayed(self._random), math_attention():
-            point = self.method.operator.at(self.problem, w, h, self.batch)
-            found = self.method.solver.solve(point.matvec, b)
-        self._note(found)
+            with torch.enable_grad():
+                point = self.method.operator.at(self.problem, w, h, self.batch)
+            found = self.method.solver.solve(point.matvec, b.detach())
+        self._note(found.residual, found.n_matvec + 1, found.status)
         return found.x
 
     def gradient(
@@ -109,16 +115,12 @@ class ImplicitRun(Run):
         with torch.enable_grad():
             return FlatSpace.of(end).pack(grads), w, h
 
-    def _note(self, found: Solution) -> None:
+    def _note(self, residual: float | None, n_hvp: int, status: Status) -> None:
         report = self.report
-        report.residual, report.n_hvp, report.status = (
-            found.residual,
-            found.n_matvec + 1,
-            found.status,
-        )
-        if not found.status.ok and found.status not in (Status.MAX_ITER, Status.STALLED):
+        report.residual, report.n_hvp, report.status = residual, n_hvp, status
+        if not status.ok and status not in (Status.MAX_ITER, Status.STALLED):
             warnings.warn(
-                f"implicit hypergradient: {found.status} (relative residual {found.residual}).",
+                f"implicit hypergradient: {status} (relative residual {residual}).",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -26,29 +26,30 @@ __all__ = ["GGN", "Curvature", "Hessian", "Linearization", "vector_jacobian"]
 
 @dataclass(frozen=True)
 class Linearization:
-    """The inner loss at a point: its gradient, products with its curvature, the cross product.
+    """The inner problem at a point: its optimality condition, and products with its derivatives.
 
     Attributes:
         space: the flat vectors of the parameters.
-        gradient: ∇_w f as a flat vector, with a graph.
-        matvec: v -> A v on flat vectors.
+        optimality: what is zero at the inner solution, as a flat vector with a graph: ∇_w f, or
+            w − T(w, h) for a `FixedPoint`.
+        matvec: v -> A v on flat vectors, A = (∂optimality/∂w)ᵀ or what stands for it.
         hparams: leaves that the cross product is taken in.
         n_grad: gradient evaluations that it took.
     """
 
     space: FlatSpace
-    gradient: Tensor
+    optimality: Tensor
     matvec: Callable[[Tensor], Tensor]
     hparams: Leaves
     n_grad: int
 
     def cross(self, q: Tensor) -> list[Tensor | None]:
-        """Return (∂²f/∂w∂h)ᵀ q for each hyperparameter; None where f's gradient lacks it."""
-        return list(vector_jacobian([self.gradient], self.hparams.tensors, [q]))
+        """Return (∂optimality/∂h)ᵀ q for each hyperparameter; None where it does not enter."""
+        return list(vector_jacobian([self.optimality], self.hparams.tensors, [q]))
 
 
 class Curvature(ABC):
-    """Which matrix stands for the inner Hessian.  Subclasses are frozen dataclasses."""
+    """Which condition and matrix stand for an inner problem.  Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def at(self, problem: Problem, params: Leaves, hparams: Leaves, batch: Any) -> Linearization:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from hypergrad.attention import math_attention
+from hypergrad.compiled.report import CompileReport
 from hypergrad.first_order import devices
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.optimizers.flat import flatten, unflatten
@@ -39,6 +40,7 @@ class Report:
         residual: of the linear system, where one was solved.
         n_hvp: Hessian-vector products of the last backward pass.
         status: of the last backward pass; None before there was one.
+        compiled: what compiling did for it, where it was asked for.
     """
 
     steps: int
@@ -46,6 +48,7 @@ class Report:
     residual: float | None = None
     n_hvp: int = 0
     status: Status | None = None
+    compiled: CompileReport | None = None
 
 
 @dataclass

@@ -12,12 +12,12 @@ import optree
 import torch
 from torch import Tensor, nn
 
-from hypergrad.implicit import Implicit
-from hypergrad.implicit_solution import AdjointState, ImplicitRun
+from hypergrad.implicit import Implicit, ImplicitState
+from hypergrad.implicit_solution import ImplicitRun, pairing
 from hypergrad.modules import view
 from hypergrad.optimizers import Hyper, Optimizer, State, as_optimizer, from_torch
 from hypergrad.optimizers.values import is_zero
-from hypergrad.problem import Problem
+from hypergrad.problem import Problem, module_problem
 from hypergrad.solution import Report, Run, descend, solution
 from hypergrad.swap import Swap
 from hypergrad.training import check_steps
@@ -42,7 +42,7 @@ class SolverState(TypedDict):
 
     params: list[Tensor] | None
     optimizer: State | None
-    implicit: AdjointState
+    implicit: ImplicitState
 
 
 class Solver(Generic[ModelT]):
@@ -116,6 +116,7 @@ class Solver(Generic[ModelT]):
             self.method = replace(method, optimizer=self.optimizer)
         self.grad_norm = grad_norm
         self.report: Report | None = None
+        self._made: tuple[tuple[nn.Module, ...], tuple[str, ...], Problem] | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -212,24 +213,14 @@ class Solver(Generic[ModelT]):
             )
 
     def _problem(self, hyper_module: nn.Module | None) -> Problem:
-        """Return the losses over trees of tensors."""
-        model = Swap(self.model) if isinstance(self.model, nn.Module) else None
-        hyper = Swap(hyper_module) if hyper_module is not None else None
-
-        def given_hparams(params: Tree, *rest: Any) -> Tensor:
-            if model is None:
-                return self.loss(params, *rest)
-            return model.call(params, lambda module: self.loss(module, *rest))
-
-        def evaluate(params: Tree, hparams: Tree, batch: Any) -> Tensor:
-            with _nested():
-                if hparams is None:
-                    return given_hparams(params, batch)
-                if hyper is None:
-                    return given_hparams(params, batch, hparams)
-                return hyper.call(hparams, lambda module: given_hparams(params, batch, module))
-
-        return Problem(evaluate, evaluate)
+        """Return the losses over trees: the same object, for compiled programs, where it fits."""
+        modules = [m for m in (self.model, hyper_module) if isinstance(m, nn.Module)]
+        parts = tuple(part for m in modules for part in m.modules())
+        names = tuple(name for m in modules for name, _ in m.named_parameters())
+        if self._made is None or self._made[:2] != (parts, names):
+            problem = _problem(self.model, self.loss, hyper_module)
+            self._made = parts, names, problem
+        return self._made[2]
 
     def _run(self, problem: Problem, params: Leaves, hyper: Leaves, batch: Any) -> Run:
         state = self.state["optimizer"]
@@ -266,6 +257,24 @@ def _nested() -> Iterator[None]:
         yield
     finally:
         _NESTED.reset(token)
+
+
+def _problem(model: Any, loss: Callable[..., Tensor], hyper_module: nn.Module | None) -> Problem:
+    """Return a problem over trees; its outer loss is the linear function of `pairing`."""
+    hyper = None if hyper_module is None else Swap(hyper_module)
+
+    def evaluate(model: Any, hparams: Tree, batch: Any) -> Tensor:
+        with _nested():
+            if hparams is None:
+                return loss(model, batch)
+            if hyper is None:
+                return loss(model, batch, hparams)
+            return hyper.call(hparams, lambda module: loss(model, batch, module))
+
+    if not isinstance(model, nn.Module):
+        return Problem(evaluate, pairing)
+    over_trees, _ = module_problem(model, evaluate, evaluate)
+    return Problem(over_trees.inner_loss, pairing)
 
 
 def _hyper(hparams: Any) -> tuple[Leaves, list[Tensor], nn.Module | None]:

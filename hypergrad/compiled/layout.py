@@ -12,7 +12,7 @@ from torch import Tensor
 from hypergrad.compiled.report import CannotCompileError
 from hypergrad.tree import Leaves, Tree
 
-__all__ = ["Groups", "Layout", "ParamsLayout", "TensorSpec", "split_params", "split_tree"]
+__all__ = ["Groups", "Layout", "ParamsLayout", "TensorSpec", "split_params", "specs", "split_tree"]
 
 _STATIC = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -76,7 +76,7 @@ class ParamsLayout(NamedTuple):
         return Leaves(list(trained), [f"params[{i}]" for i in self.trained], rebuild)
 
 
-def _specs(tensors: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
+def specs(tensors: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
     """Describe tensors."""
     return tuple([TensorSpec(t.shape, t.stride(), t.dtype, t.device) for t in tensors])
 
@@ -110,7 +110,7 @@ def split_tree(tree: Tree, what: str, tie: bool = True) -> tuple[list[Tensor], L
                 f"{what} holds a {type(leaf).__name__}; only tensors and plain constants "
                 "can be told apart from one call to the next"
             )
-    return [t.detach() for t in tensors], Layout(spec, tuple(leaves), _specs(tensors))
+    return [t.detach() for t in tensors], Layout(spec, tuple(leaves), specs(tensors))
 
 
 def split_params(params: Tree) -> tuple[list[Tensor], list[Tensor], ParamsLayout]:

@@ -133,7 +133,7 @@ def test_derivatives_in_the_numbers_of_an_optimizer(rule: type[torch.optim.Optim
 @pytest.mark.parametrize("solver", [CG(rtol=1e-13), Direct(chunk=1)], ids=["CG", "Direct"])
 def test_derivatives_of_an_implicit_solution(solver: Any) -> None:
     h = _normal(3).requires_grad_()
-    method = Implicit(solver)
+    method = Implicit(solver, warm_start=False)
     rule = {"lr": 0.3, "momentum": 0.3, "steps": 500, "grad_norm": 1e-12}
     solve = Solver(zeros(3), log_cosh, torch.optim.SGD, method=method, **rule)
     assert torch.autograd.gradcheck(lambda h: solve(X, h), h)
