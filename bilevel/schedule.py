@@ -42,7 +42,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
     names: tuple[str, ...] = ()
     _steps: list[int] = field(default_factory=list, repr=False)
     _rows: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
-    _large: list[str] = field(default_factory=list, repr=False)
+    _large: dict[str, int] = field(default_factory=dict, repr=False)
 
     def record(self, step: int, hparams: Mapping[str, Tensor]) -> None:
         """Add a row: `hparams` are in force from inner step `step` on."""
@@ -52,8 +52,8 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
             row = value.detach().to("cpu", torch.float64)
             kept = row.clone() if row.numel() <= self.limit else _summarize(row)
             self._rows.setdefault(name, []).append(kept)
-            if row.numel() > self.limit and name not in self._large:
-                self._large.append(name)
+            if row.numel() > self.limit:
+                self._large[name] = row.numel()
 
     def amend(self, hparams: Mapping[str, Tensor]) -> None:
         """Replace the last row: its values were taken back before anything was trained on them."""
@@ -95,6 +95,10 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
             raise KeyError(f"{name!r} did not move in this run; the schedule has {known}.")
         return self._rows[name]
 
+    def size(self, name: str) -> int:
+        """Return the number of elements of a hyperparameter."""
+        return self._large.get(name, self._history(name)[0].numel())
+
     def at(self, step: int) -> dict[str, Tensor]:
         """Return the values in force during inner step `step` (from 0), as float64 tensors.
 
@@ -103,7 +107,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
         """
         if self._large:
             raise ValueError(
-                f"the schedule of {self._large} is kept as quantiles only; "
+                f"the schedule of {list(self._large)} is kept as quantiles only; "
                 "use tune(..., history=N) to keep it whole."
             )
         row = max(0, bisect_right(self._steps, step) - 1)
@@ -161,7 +165,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
         return {
             "limit": self.limit,
             "names": list(self.names),
-            "large": list(self._large),
+            "large": dict(self._large),
             "steps": list(self._steps[:rows]),
             "rows": {name: torch.stack(table[:rows]) for name, table in self._rows.items()},
         }
@@ -171,7 +175,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
         """Return the schedule whose `state_dict` was `state`."""
         schedule = cls(state["limit"], tuple(state["names"]))
         schedule._steps = list(state["steps"])
-        schedule._large = list(state["large"])
+        schedule._large = dict(state["large"])
         schedule._rows = {name: list(table.unbind()) for name, table in state["rows"].items()}
         return schedule
 

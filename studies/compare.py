@@ -90,10 +90,11 @@ class Row:
         """Mean of a metric over seeds."""
         return statistics.fmean(record.metrics[metric] for record in self.best)
 
-    def std(self, metric: str) -> float:
-        """Sample standard deviation over seeds; 0 for one seed."""
+    def text(self, metric: str) -> str:
+        """Mean ± sample standard deviation over seeds; one seed has none."""
         values = [record.metrics[metric] for record in self.best]
-        return statistics.stdev(values) if len(values) > 1 else 0.0
+        mean = f"{self.mean(metric):.3f}"
+        return f"{mean} ± {statistics.stdev(values):.3f}" if len(values) > 1 else mean
 
 
 @dataclass(frozen=True)
@@ -122,16 +123,22 @@ class Comparison:
         """What is compared, in full sentences; goes under the table."""
         by_name = {row.way.name: row.way for row in self.rows}
         smooth = list(by_name["gradient"].space.grad)
-        text = (
-            "Mean ± standard deviation over seeds; each has its own split, wrong labels and "
-            "weights. Chosen by validation loss, test only reported. Cost: equivalent training "
-            "steps per seed, gradients + 2 · Hessian-vector products. Both searches and the "
-            f"gradient choose the same {len(smooth)} hyperparameters"
-        )
-        if "hybrid" not in by_name:
-            return f"{text}."
-        rest = [n for n in by_name["hybrid"].space.sampled if n not in smooth]
-        return f"{text}; the hybrid also {', '.join(rest)}."
+        sentences = [
+            "Chosen by validation loss, test only reported.",
+            "Cost: equivalent training steps per seed, gradients + 2 · Hessian-vector products; "
+            "the first row takes one trial's share.",
+            f"Both searches and the gradient choose the same {len(smooth)} hyperparameters.",
+        ]
+        if len(self.seeds) > 1:
+            sentences.insert(
+                0,
+                "Mean ± standard deviation over seeds; each has its own split, wrong labels and "
+                "weights.",
+            )
+        if "hybrid" in by_name:
+            rest = [n for n in by_name["hybrid"].space.sampled if n not in smooth]
+            sentences.append(f"In the hybrid TPE adds {', '.join(rest)}.")
+        return " ".join(sentences)
 
     def as_json(self) -> dict[str, Any]:
         """The table as plain data."""
@@ -190,20 +197,19 @@ def ways(space: Space, budget: int, trials: int) -> list[Way]:
     sampled = fixed.own(**dict.fromkeys(smooth, "sampler"))
     by_gradient = space.own(**dict.fromkeys(rest, "fixed"))
     descent = Descent(Unrolled(steps=10), lr=0.1)
-    tpe, hybrid_tpe = _TPE(max(2, trials // 2)), _TPE(max(2, hybrid_trials // 2))
+    tpe, hybrid_tpe = _TPE(trials // 2), _TPE(hybrid_trials // 2)
     each = Budget(equivalent_steps=share)
     whole = Budget(equivalent_steps=budget)
     part = Budget(equivalent_steps=budget // hybrid_trials)
     found = [
-        Way("default", "defaults, one run", fixed, 1, each),
-        Way("default-long", "defaults, whole budget", fixed, 1, whole),
+        Way("default", "defaults", fixed, 1, each),
+        Way("default-long", "defaults, longer", fixed, 1, whole),
         Way("random", "random search", sampled, trials, each, from_default=True),
         Way("tpe", "TPE (Optuna)", sampled, trials, each, None, tpe, from_default=True),
         Way("gradient", "gradient-tuned", by_gradient, 1, whole, descent),
     ]
     if rest:
-        title = "hybrid: TPE + gradient"
-        found.append(Way("hybrid", title, space, hybrid_trials, part, descent, hybrid_tpe, True))
+        found.append(Way("hybrid", "hybrid", space, hybrid_trials, part, descent, hybrid_tpe, True))
     return found
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -27,6 +28,9 @@ from studies.report import comparison_report
 from studies.storage import StorageError, check_folder, masked, parse_storage
 
 __all__ = ["comparison_table", "run_comparison"]
+
+WIDE, NARROW = 108, 80
+"""Characters that the whole table needs, and the one with fewer columns."""
 
 
 class OnEvent(Protocol):
@@ -93,38 +97,44 @@ def run_comparison(
         print(json.dumps({**found.as_json(), "seconds_total": seconds, "files": files}, indent=1))
         return found
     console = Console()
-    console = Console(width=max(console.width, 60) if console.is_terminal else 118)
-    console.print(comparison_table(found))
+    console = Console(width=max(console.width, NARROW) if console.is_terminal else 118)
+    console.print(comparison_table(found, console.width))
     console.print(_conclusion(found), soft_wrap=True, highlight=False)
     console.print(f"\nDone in {seconds:.0f} s.", highlight=False)
     _print_files(console, masked(url), page, pictures)
     return found
 
 
-def comparison_table(found: Comparison) -> Table:
-    """The table: mean ± standard deviation over seeds; the lowest mean losses in bold."""
+def comparison_table(found: Comparison, width: int = WIDE) -> Table:
+    """The table, the best mean of each column in bold; a narrow screen gets fewer columns."""
+    wide = width >= WIDE
+    metrics = [metric for metric in METRICS if wide or metric != "val/accuracy"]
     options = ", ".join(f"{k} {v:g}" for k, v in found.options.items())
     table = Table(
-        title=f"{found.learner} on {found.task} ({options}), {len(found.seeds)} seeds",
+        title=f"{found.learner} on {found.task} ({options}), {_seeds(found)}",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("")
-    for metric in METRICS:
-        table.add_column(metric.replace("/", " ").replace("accuracy", "acc."), justify="right")
-    table.add_column("trials", justify="right")
+    table.add_column("", no_wrap=True)
+    for metric in metrics:
+        heading = metric.replace("/", " ").replace("accuracy", "acc.")
+        table.add_column(heading, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("trials", justify="right")
     table.add_column("cost", justify="right")
     table.add_column("s", justify="right")
     for row in found.rows:
         cells = []
-        for metric in METRICS:
+        for metric in metrics:
             sign = 1 if metric.endswith("loss") else -1
             best = min(sign * other.mean(metric) for other in found.rows)
-            text = f"{row.mean(metric):.3f} ± {row.std(metric):.3f}"
+            text = row.text(metric)
             cells.append(f"[bold]{text}[/]" if sign * row.mean(metric) == best else text)
         table.add_row(
             row.way.title,
             *cells,
-            str(row.way.trials),
+            *([str(row.way.trials)] if wide else []),
             f"{sum(row.costs) / len(row.costs):.0f}",
             f"{sum(row.seconds) / len(row.seconds):.1f}",
         )
@@ -166,8 +176,12 @@ def _print_files(console: Console, storage: str, page: Path, pictures: Sequence[
         ("studies", path),
     ]:
         console.print(f"  {what:<8} {where}", soft_wrap=True, highlight=False)
-    then = f"open the report; `bilevel show {path}` lists the studies; `bilevel list` the rest."
-    console.print(f"\nNext: {then}", soft_wrap=True, highlight=False)
+    print(f"\nNext: open the report; `bilevel show {path}` lists the studies;")
+    print("`bilevel list` shows which other tasks, learners and algorithms there are.")
+
+
+def _seeds(found: Comparison) -> str:
+    return f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''}"
 
 
 @contextmanager

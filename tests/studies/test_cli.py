@@ -66,7 +66,7 @@ def test_again_shows_the_same_without_training(job: tuple[Path, dict[str, object
     again = bilevel("tune", "breast_cancer", *SMALL, "--resume", "--json", "--quiet", cwd=folder)
     assert json.loads(again.stdout)["rows"] == found["rows"]
     table = bilevel("tune", "breast_cancer", *SMALL, "--quiet", cwd=folder).stdout
-    for text in ("test loss", "hybrid: TPE + gradient", "bilevel show", "breast_cancer.html"):
+    for text in ("test loss", "gradient-tuned", "bilevel show", "breast_cancer.html"):
         assert text in table
 
 

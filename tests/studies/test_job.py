@@ -63,6 +63,19 @@ def test_conclusion_counts_seeds() -> None:
     assert any(line.startswith("hybrid") and "lower on 1 of 2 seeds" in line for line in lines)
 
 
+@pytest.mark.parametrize("width", [job.NARROW, job.WIDE, 140])
+def test_the_table_fits_the_screen(width: int) -> None:
+    found = comparison(PLAN, {way.name: [0.25, 0.75] for way in PLAN})
+    written = io.StringIO()
+    Console(file=written, width=width).print(job.comparison_table(found, width))
+    lines = written.getvalue().splitlines()
+    for way in PLAN:
+        (line,) = [line for line in lines if line.startswith(f" {way.title}  ")]
+        assert "0.500 ± 0.354" in line
+        assert ("0.900 ± 0.000" in line) == (width >= job.WIDE)
+    assert not any("…" in line for line in lines)
+
+
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     written = io.StringIO()
