@@ -12,12 +12,14 @@ import optree
 import torch
 from torch import Tensor, nn
 
+from hypergrad.fixed_point import FixedPoint
 from hypergrad.implicit import Implicit, ImplicitState
 from hypergrad.implicit_solution import ImplicitRun, pairing
 from hypergrad.modules import view
 from hypergrad.optimizers import Hyper, Optimizer, State, as_optimizer, from_torch
 from hypergrad.optimizers.values import is_zero
 from hypergrad.problem import Problem, module_problem
+from hypergrad.proximal_gradient import ProximalGradient
 from hypergrad.solution import Report, Run, descend, solution
 from hypergrad.swap import Swap
 from hypergrad.training import check_steps
@@ -333,6 +335,11 @@ def _check_method(
                 "Unrolled differentiates its own steps; write method=Unrolled(steps=...), without "
                 f"steps={steps} and grad_norm={grad_norm}."
             )
+        if method.compile != "off":
+            raise ValueError(
+                f"Unrolled(compile={method.compile!r}) compiles a hypergradient with its outer loss, "
+                "which a Solver does not see; call the estimator with a Problem."
+            )
         return method.steps
     if not isinstance(method, Implicit):
         raise TypeError(
@@ -343,6 +350,11 @@ def _check_method(
         raise ValueError(
             "Implicit differentiates at a solution; say how long to train, such as steps=1000 or "
             "steps=1000, grad_norm=1e-6."
+        )
+    if isinstance(method.operator, FixedPoint | ProximalGradient):
+        raise ValueError(
+            f"{type(method.operator).__name__} is not what an optimizer on the loss converges to; "
+            "solve it yourself and call Implicit with a Problem."
         )
     check_steps("Solver", steps)
     if grad_norm is not None and not grad_norm > 0:
