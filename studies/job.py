@@ -11,12 +11,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from adapters import registry, tasks
-from studies.compare import METRICS, Comparison, compare, ways
-from studies.events import Event, Finished, Rung, Started
+from studies.compare import METRICS, Comparison, Way, compare, ways
+from studies.events import Event, Finished, Rung
 from studies.report import comparison_report
 from studies.storage import StorageError, check_folder, masked, parse_storage
 
@@ -67,7 +73,7 @@ def run_comparison(
     # Small networks: a second thread costs more than it brings.
     torch.set_num_threads(1)
     try:
-        with _progress(quiet, len(seeds) * sum(way.trials for way in plan)) as on_event:
+        with _progress(quiet, seeds, plan) as on_event:
             found = compare(
                 task,
                 kind,
@@ -122,11 +128,7 @@ def comparison_table(found: Comparison) -> Table:
             f"{sum(row.costs) / len(row.costs):.0f}",
             f"{sum(row.seconds) / len(row.seconds):.1f}",
         )
-    table.caption = (
-        "Mean ± standard deviation over seeds; each has its own split, wrong labels and weights. "
-        "Chosen by validation loss, test only reported. Cost: equivalent training steps per seed, "
-        "gradients + 2 · Hessian-vector products."
-    )
+    table.caption = found.explain()
     table.caption_justify = "left"
     return table
 
@@ -144,7 +146,7 @@ def _conclusion(found: Comparison) -> str:
                 f"{row.way.title}: the best trial is the first one, at the defaults, "
                 f"on {at_default} of {len(row.best)} seeds."
             )
-    for name in ("gradient", "hybrid"):
+    for name in [name for name in ("gradient", "hybrid") if name in by_name]:
         pairs = zip(by_name[name].best, search.best, strict=True)
         differences = [a.metrics["test/loss"] - b.metrics["test/loss"] for a, b in pairs]
         wins = sum(d < 0 for d in differences)
@@ -169,44 +171,55 @@ def _print_files(console: Console, storage: str, page: Path, pictures: Sequence[
 
 
 @contextmanager
-def _progress(quiet: bool, total: int) -> Iterator[OnEvent]:
+def _progress(quiet: bool, seeds: Sequence[int], plan: Sequence[Way]) -> Iterator[OnEvent]:
     """Show trials as they happen: a bar on a terminal, a line for each trial elsewhere."""
     console = Console(stderr=True)
     if quiet:
         yield lambda name, seed, event: None
         return
     if not console.is_terminal:
-
-        def line(name: str, seed: int, event: Event) -> None:
-            if isinstance(event, Finished):
-                record = event.record
-                outcome = str(record.failure) if record.failure else f"val {record.value:.4f}"
-                print(
-                    f"seed {seed}  {name:<13} trial {record.number}  {record.state}  {outcome}  "
-                    f"{record.cost.seconds:.1f} s",
-                    file=sys.stderr,
-                )
-
-        yield line
+        yield _print_line
         return
+    parts = {way.name: way.trials * (way.budget.equivalent_steps or 1) for way in plan}
+    order, whole = list(parts), sum(parts.values())
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} trials"),
+        TextColumn("{task.percentage:3.0f} %"),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         console=console,
         transient=True,
     )
     with bar:
-        job = bar.add_task("", total=total)
+        job = bar.add_task("starting", total=len(seeds) * whole)
 
         def show(name: str, seed: int, event: Event) -> None:
-            if isinstance(event, Started):
-                bar.update(job, description=f"seed {seed}  {name}  trial {event.number}")
-            elif isinstance(event, Rung):
-                text = f"seed {seed}  {name}  trial {event.number}  val {event.value:.3f}"
-                bar.update(job, description=text)
+            """Place an event by what comes before it, so that a resumed job starts where it was."""
+            way = plan[order.index(name)]
+            before = seeds.index(seed) * whole + sum(parts[n] for n in order[: order.index(name)])
+            if isinstance(event, Finished):
+                number, share, value = event.record.number, 1.0, event.record.value
             else:
-                bar.advance(job)
+                number = event.number
+                share, value = 0.0, None
+                if isinstance(event, Rung):
+                    share, value = event.rung / event.of, event.value
+            text = f"seed {seed}  {way.title}  trial {number + 1}/{way.trials}"
+            text += "" if value is None else f"  val {value:.3f}"
+            done = before + (number + share) * parts[name] / way.trials
+            bar.update(job, completed=done, description=text)
 
         yield show
+
+
+def _print_line(name: str, seed: int, event: Event) -> None:
+    if isinstance(event, Finished):
+        record = event.record
+        outcome = str(record.failure) if record.failure else f"val {record.value:.4f}"
+        print(
+            f"seed {seed}  {name:<13} trial {record.number}  {record.state}  {outcome}  "
+            f"{record.cost.seconds:.1f} s",
+            file=sys.stderr,
+        )

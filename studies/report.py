@@ -97,12 +97,10 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
     options = ", ".join(f"{k}={v}" for k, v in found.options.items())
     parts = [
         _note(
-            f"{found.learner} on {found.task} ({options}); mean ± standard deviation over seeds "
-            f"{', '.join(map(str, found.seeds))}, each with its own split, wrong labels and "
-            f"weights. Budget of every way and seed: {found.budget} equivalent training steps "
-            "(gradients + 2 · Hessian-vector products); the first row uses one trial's share. "
-            "Everything is chosen by validation loss; the test split is only reported. The "
-            "row in bold has the lowest mean validation loss."
+            f"{found.learner} on {found.task} ({options}); seeds "
+            f"{', '.join(map(str, found.seeds))}. Budget of every way and seed: {found.budget} "
+            f"equivalent training steps; the first row uses one trial's share. {found.explain()} "
+            "The row in bold has the lowest mean validation loss."
         ),
         _table(headings, rows, [row is best for row in found.rows]),
         "<h2>Test loss of every seed</h2>",
