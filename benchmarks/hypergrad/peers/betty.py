@@ -56,7 +56,6 @@ def _run(problem: Stationary, **options: Any) -> Any:
             module=module,
             optimizer=optimizer,
             train_data_loader=[problem.batch],
-            device="cpu",
         )
 
     outer = make(Outer, "outer", _Hyperparameters(problem), Config())
