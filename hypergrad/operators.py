@@ -63,7 +63,8 @@ class Hessian(Curvature):
     def at(self, problem: Problem, params: Leaves, hparams: Leaves, batch: Any) -> Linearization:
         _, gradient = inner_gradient(problem, params, hparams, batch)
         space = FlatSpace.of(params.tensors)
-        flat = space.pack(gradient)
+        with torch.enable_grad():
+            flat = space.pack(gradient)
         return Linearization(space, flat, _product(flat, params.tensors, space), hparams, 1)
 
 

@@ -94,14 +94,15 @@ def _run(job: Job, where: Environment) -> list[Row]:
     """Run a worker; what goes wrong in it is a row too."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        worker = [where.python, "-m", "benchmarks.hypergrad.worker", json.dumps(asdict(job))]
+        # -P: the working folder would come before the peers that are named hypergrad too.
+        module = [where.python, "-P", "-m", "benchmarks.hypergrad.worker"]
+        worker = [*module, json.dumps(asdict(job))]
         # A compile cache of its own: the first call of a compiled method shall be a cold one.
         variables = {**where.variables(), "TORCHINDUCTOR_CACHE_DIR": folder}
         try:
             done = subprocess.run(
                 [*worker, answer],
                 env=variables,
-                cwd=ROOT,
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT,
@@ -119,7 +120,6 @@ def _measured_scaling(where: Environment, repeats: int) -> str:
     done = subprocess.run(
         [where.python, "-m", "benchmarks.hypergrad.scaling", str(repeats)],
         env=where.variables(),
-        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -52,7 +52,9 @@ def _unrolled(problem: Training) -> list[Method]:
     ]
     for how in _compiled(Unrolled):
         estimator = Unrolled(optimizer, steps, compile=how)  # type: ignore[call-arg]
-        methods.append(Method(f'Unrolled, compile="{how}"', run(estimator), compiles=True))
+        methods.append(
+            Method(f'Unrolled, compile="{how}"', run(estimator), compiles=True, single=True)
+        )
     return methods
 
 
@@ -78,7 +80,9 @@ def _implicit(problem: Stationary) -> list[Method]:
     methods = [Method("Implicit", run(Implicit(solver)))]
     for how in _compiled(Implicit):
         estimator = Implicit(solver, compile=how)  # type: ignore[call-arg]
-        methods.append(Method(f'Implicit, compile="{how}"', run(estimator), compiles=True))
+        methods.append(
+            Method(f'Implicit, compile="{how}"', run(estimator), compiles=True, single=True)
+        )
     return methods
 
 
