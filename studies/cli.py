@@ -153,9 +153,12 @@ def list_(json: Json = False) -> None:
     from studies.tables import names_table
 
     found = listing()
-    _print(_json.dumps(found, indent=1) if json else None)
-    for title, rows in ({} if json else found).items():
-        _print(names_table(title, rows))
+    if json:
+        _print(_json.dumps(found, indent=1))
+        return
+    for title, rows in found.items():
+        _print(f"{title}:")
+        _print(names_table(rows))
 
 
 @app.command()
@@ -189,8 +192,6 @@ def doctor(json: Json = False) -> None:
 
 def _print(result: Any) -> None:
     """Print a result on standard output: text as it is, tables wide enough for a pipe."""
-    if result is None:
-        return
     if isinstance(result, str):
         print(result)
         return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from studies.tables import number
@@ -106,14 +107,17 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
 
 def show_table(studies: list[dict[str, Any]]) -> Table:
     """One row for each study."""
-    table = Table()
-    for heading in ("study", "trials", "complete", "failed", "cost", "best", "value", "test loss"):
-        table.add_column(heading, justify="left" if heading == "study" else "right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("study")
+    for heading in ("complete", "cost", "best", "value", "test loss"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for study in studies:
         best = study["best_trial"]
+        failed = f" ({study['failed']} failed)" if study["failed"] else ""
         table.add_row(
             study["study"],
-            *(str(study[key]) for key in ("trials", "complete", "failed", "equivalent_steps")),
+            f"{study['complete']}/{study['trials']}{failed}",
+            str(study["equivalent_steps"]),
             "-" if best is None else str(best),
             number(study["best_value"]),
             number(study["metrics"].get("test/loss")),

@@ -28,7 +28,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1240p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e3e6ec; }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, .text { text-align: left; }
 td.text { font-size: .85rem; max-width: 46rem; overflow-wrap: anywhere; }
 table.small { font-size: .85rem; } td.kept { color: #9aa0ab; }
 tr.best td { font-weight: 600; background: #f2f7fd; } p.note { color: #555b66; }
@@ -215,13 +215,18 @@ def _note(text: str) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-    body = []
-    for row, mark in zip(rows, marked, strict=True):
-        cells = "".join(
-            f"<td{' class=text' if '=' in cell else ''}>{html.escape(cell)}</td>" for cell in row
-        )
-        body.append(f"<tr{' class=best' if mark else ''}>{cells}</tr>")
+    wordy = [any("=" in row[i] for row in rows) for i in range(len(headings))]
+    kinds = [" class=text" if words else "" for words in wordy]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        pairs = zip(kinds, cells, strict=True)
+        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in pairs)
+
+    body = [
+        f"<tr{' class=best' if mark else ''}>{line('td', row)}</tr>"
+        for row, mark in zip(rows, marked, strict=True)
+    ]
+    head = line("th", headings)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 

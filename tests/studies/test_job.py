@@ -14,6 +14,7 @@ from bilevel import Cost
 from studies import job
 from studies.compare import Comparison, Row, Way, ways
 from studies.events import Finished, Rung, Started
+from studies.listing import show_table
 from studies.record import Failure, TrialRecord
 
 PLAN = ways(registry.get("network").space, 3000, 8)
@@ -74,6 +75,14 @@ def test_the_table_fits_the_screen(width: int) -> None:
         assert "0.500 ± 0.354" in line
         assert ("0.900 ± 0.000" in line) == (width >= job.WIDE)
     assert not any("…" in line for line in lines)
+
+
+def test_studies_are_shown_with_failures_and_without_results() -> None:
+    study = {"study": "a / b", "trials": 3, "complete": 0, "failed": 2, "equivalent_steps": 7,
+             "best_trial": None, "best_value": None, "metrics": {}}  # fmt: skip
+    written = io.StringIO()
+    Console(file=written, width=80).print(show_table([study]))
+    assert "a / b  0/3 (2 failed)     7     -      -          -" in written.getvalue()
 
 
 @pytest.fixture
