@@ -24,10 +24,7 @@ def _methods(problem: Training | Stationary) -> list[Method]:
 
         jax.config.update("jax_enable_x64", True)
         hparams = {k: _array(v) for k, v in problem.hparams.items()}
-        if isinstance(problem, Stationary):
-            gradient = _implicit(problem)
-        else:
-            gradient = _unrolled(problem)
+        gradient = _implicit(problem) if isinstance(problem, Stationary) else _unrolled(problem)
         return jax.jit(gradient), hparams
 
     def run() -> Sequence[Tensor]:
