@@ -51,11 +51,6 @@ def check_method(
                 "Unrolled differentiates its own steps; write method=Unrolled(steps=...), without "
                 f"steps={steps} and grad_norm={grad_norm}."
             )
-        if method.compile != "off":
-            raise ValueError(
-                f"Unrolled(compile={method.compile!r}) compiles one program with the outer loss, "
-                "which a Solver does not see; call the estimator with a Problem."
-            )
         return method.steps
     if not isinstance(method, Implicit):
         raise TypeError(

@@ -21,7 +21,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.hypergrad import problems, scaling
-from benchmarks.hypergrad.environments import PEERS, ROOT, Environment, environment, set_up
+from benchmarks.hypergrad.environments import (
+    PEERS,
+    ROOT,
+    Environment,
+    cache_folder,
+    environment,
+    set_up,
+)
 from benchmarks.hypergrad.reference import reference
 from benchmarks.hypergrad.table import Conditions, Line, problem_table, render
 from benchmarks.hypergrad.worker import Job, Row, load
@@ -172,8 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--eager", action="store_true", help="leave out methods that compile")
     add("--setup", nargs="?", const="all", help="create the environments of the peers, or of some")
     add("--hypertorch", type=Path, help="a clone of prolearner/hypertorch (not on PyPI)")
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "bilevel-benchmarks")
-    add("--cache", type=Path, default=default, help="references and environments")
+    add("--cache", type=Path, default=cache_folder(), help="references and environments")
     output = ROOT / "benchmarks" / "results" / "hypergrad.md"
     add("--output", type=Path, default=output, help="where the page goes")
     return parser

@@ -49,6 +49,7 @@ def _unrolled(problem: Training) -> list[Method]:
     methods = [
         Method(f"Unrolled, {how}", run(Unrolled(optimizer, steps, memory=how)))  # type: ignore[arg-type]
         for how in _choices(Unrolled, "memory")
+        if how != "forward"  # for a few hyperparameters, not for one each weight
     ]
     for how in _compiled(Unrolled):
         estimator = Unrolled(optimizer, steps, compile=how)  # type: ignore[call-arg]

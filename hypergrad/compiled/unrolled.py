@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,23 +14,27 @@ from torch import Tensor
 from hypergrad.compiled.chunk import Chunk, Form, Given, build, optimizer_key
 from hypergrad.compiled.forms import StateForm, ValueForm, is_settled, settled
 from hypergrad.compiled.layout import Layout, split_params, split_tree
-from hypergrad.compiled.report import CannotCompileError
-from hypergrad.compiled.session import Arguments, Session
+from hypergrad.compiled.report import CannotCompileError, CompileReport
+from hypergrad.compiled.session import Arguments, Session, compare, nudge
 from hypergrad.estimator import Hypergradient
+from hypergrad.first_order import devices, replayed
 from hypergrad.memory import SHARE, fitting_length, free_bytes, nbytes
 from hypergrad.optimizers.base import State
-from hypergrad.optimizers.flat import flatten
+from hypergrad.optimizers.flat import flatten, widen
 from hypergrad.optimizers.values import constants
 from hypergrad.outer import outer_gradients, total_gradient
+from hypergrad.problem import Problem
+from hypergrad.randomness import RandomState
 from hypergrad.status import Status
 from hypergrad.tape import Adjoint, Record, Tape, accumulate
 from hypergrad.training import Loop, UnrolledState, check_optimizer, detached
-from hypergrad.tree import hyper_leaves, trainable_leaves
+from hypergrad.trajectory import Pulled, Trajectory
+from hypergrad.tree import Leaves, hyper_leaves, trainable_leaves
 
 if TYPE_CHECKING:
     from hypergrad.unrolled import Unrolled
 
-__all__ = ["unrolled"]
+__all__ = ["CompiledTrajectory", "unrolled"]
 
 CHUNKS = range(5, 9)
 """Lengths of a chunk to choose from: longer ones take longer to compile than they save."""
@@ -73,28 +78,132 @@ def unrolled(
     estimator: Unrolled, arguments: Arguments, session: Session
 ) -> tuple[Hypergradient, UnrolledState] | None:
     """Differentiate through the inner optimization by compiled chunks; see `Compute`."""
+    leaves, hyper = trainable_leaves(arguments.params), hyper_leaves(arguments.hparams)
+    level = (arguments.problem, leaves, hyper, arguments.inner_batch, arguments.state["optimizer"])
     try:
-        return _Run(estimator, arguments, session).hypergradient()
+        run = _Run(estimator, *level, session=session)
+        return run.hypergradient(arguments.outer_batch)
     except _NotFiniteError:
         return None
+
+
+class CompiledTrajectory:
+    """What `Unrolled.trace` returns, by compiled chunks, or eagerly with the reason why not.
+
+    What a program computes first, w_T and the pullback, is compared with the eager results.
+
+    Args:
+        estimator: the unroll; its `compile` is not "off".
+        problem, params, hparams, inner_batch, optimizer_state: as `Unrolled.trace` takes them.
+
+    Attributes:
+        flat: w_T.
+        state: state of the optimizer there.
+        report: what compiling did.
+    """
+
+    def __init__(
+        self,
+        estimator: Unrolled,
+        problem: Problem,
+        params: Leaves,
+        hparams: Leaves,
+        inner_batch: Any,
+        optimizer_state: State | None,
+    ) -> None:
+        level = problem, params, hparams, inner_batch, optimizer_state
+        self._estimator, self._level, self._session = estimator, level, Session()
+        self._random = RandomState.capture(devices(params, hparams))
+        self._eager: Trajectory | None = None
+        self._run: _Run | None = None
+        reason = None
+        try:
+            run = _Run(estimator, *level, self._session)
+            self.flat, self.state = run.forward()
+            if not all(entry.checked for entry in self._session.entries):
+                eager = self._eager = self._trace()
+                self._compare([self.flat], [eager.flat], lambda moved: [moved.flat])
+            self._run = run
+        except (CannotCompileError, _NotFiniteError) as error:
+            reason = str(error) or "a number was not finite, but is in eager mode"
+            self._eager = self._eager or self._trace()
+            self.flat, self.state = self._eager.flat, self._eager.state
+        seconds, steps = self._session.seconds, self._session.eager_steps
+        cached = reason is None and seconds == 0.0
+        self.report = CompileReport(
+            estimator.compile, seconds, cached, 0 if reason else steps, reason
+        )
+
+    def pullback(self, w_bar: Tensor) -> Pulled:
+        """Walk back from w̄, once; see `Trajectory.pullback`."""
+        with replayed(self._random):
+            pulled = None
+            if self._run is not None:
+                with suppress(_NotFiniteError):  # the eager one says where
+                    pulled = self._run.pullback(w_bar)
+            if pulled is None:
+                return (self._eager or self._trace()).pullback(w_bar)
+            return pulled if self._eager is None else self._checked(pulled, w_bar, self._eager)
+
+    def _checked(self, pulled: Pulled, w_bar: Tensor, eager: Trajectory) -> Pulled:
+        """Compare a first pullback with the eager one, and return what is right."""
+        expected = eager.pullback(w_bar)
+        try:
+            ends = _ends(pulled), _ends(expected)
+            self._compare(*ends, lambda moved: _ends(moved.pullback(w_bar)))
+        except CannotCompileError as error:
+            self.report = replace(self.report, reason=str(error))
+            return expected
+        for entry in self._session.entries:
+            entry.checked = True
+        return pulled
+
+    def _trace(self, nudged: bool = False) -> Trajectory:
+        problem, params, hparams, batch, state = self._level
+        if nudged:
+            params = replace(params, tensors=[nudge(t) for t in params.tensors])
+        self._random.restore()
+        eager = replace(self._estimator, compile="off")
+        return eager.trace(problem, params, hparams, batch, state)
+
+    def _compare(
+        self,
+        found: list[Tensor],
+        expected: list[Tensor],
+        results: Callable[[Trajectory], list[Tensor]],
+    ) -> None:
+        entries = self._session.entries
+        compare(entries, found, expected, lambda: results(self._trace(nudged=True)))
+
+
+def _ends(pulled: Pulled) -> list[Tensor]:
+    return [pulled.start, *(bar for bar in pulled.hyper if bar is not None)]
 
 
 class _Run:
     """One call of `Unrolled`."""
 
-    def __init__(self, estimator: Unrolled, arguments: Arguments, session: Session) -> None:
-        self.estimator, self.arguments, self.session = estimator, arguments, session
+    def __init__(
+        self,
+        estimator: Unrolled,
+        problem: Problem,
+        leaves: Leaves,
+        hyper: Leaves,
+        inner_batch: Any,
+        optimizer_state: State | None,
+        session: Session,
+    ) -> None:
+        self.estimator, self.hyper, self.session = estimator, hyper, session
         optimizer = check_optimizer("Unrolled", estimator.optimizer)
-        leaves, self.hyper = trainable_leaves(arguments.params), hyper_leaves(arguments.hparams)
         with torch.enable_grad():
             self.values = optimizer.resolve(self.hyper.tree(), leaves)
         fixed, h = constants(self.values), detached(self.hyper)
-        self.loop = Loop(arguments.problem, leaves, h, optimizer, fixed, arguments.inner_batch)
+        self.loop = Loop(problem, leaves, h, optimizer, fixed, inner_batch)
         self.tape = Tape(self.loop, self.hyper)
         self.first = estimator.steps - (estimator.truncation or estimator.steps)
         self.length = _length(estimator.compile, estimator.steps - self.first)
 
-        flat, state = self.loop.start(arguments.state["optimizer"])
+        flat, state = self.loop.start(optimizer_state)
         if flat.dtype not in (torch.float32, torch.float64):
             raise CannotCompileError(f"inductor rounds {flat.dtype} differently from eager")
         state = settled(optimizer, flat, state, self.values)
@@ -103,12 +212,13 @@ class _Run:
         self.chunks: dict[Layout, Chunk] = {}
         self.shared: tuple[list[Tensor], Layout] | None = None
         value_form = ValueForm.of(self.values, fixed)
-        _, constant, params = split_params(arguments.params)
-        hyper, hyper_layout = split_tree(h.tree(), "hparams", tie=False)
-        self.given = Given([flat], [], value_form.pack(fixed, flat.device), constant, hyper, [])
+        _, constant, params = split_params(leaves.tree())
+        h_tensors, hyper_layout = split_tree(h.tree(), "hparams", tie=False)
+        packed = value_form.pack(fixed, flat.device)
+        self.given = Given([flat], [], packed, constant, h_tensors, [])
         self.form = Form(
             self.length,
-            not callable(arguments.inner_batch),
+            not callable(inner_batch),
             optimizer_key(optimizer),
             params,
             hyper_layout,
@@ -117,18 +227,40 @@ class _Run:
             value_form,
         )
 
-    def hypergradient(self) -> tuple[Hypergradient, UnrolledState]:
+    def hypergradient(self, outer_batch: Any) -> tuple[Hypergradient, UnrolledState]:
         """Run forward, differentiate the outer loss, and pull back."""
+        flat, state = self.forward()
+        at, problem = self.loop.at(flat), self.loop.problem
+        value, w_bar, direct = outer_gradients(problem, at, self.hyper, outer_batch)
+        pulled = self.pullback(flatten(w_bar))
+        steps, window = self.estimator.steps, self.estimator.steps - self.first
+        hypergradient = Hypergradient(
+            value=value,
+            grad=total_gradient(self.hyper, direct, pulled.hyper, ", nor the optimizer"),
+            params=self.loop.params(flat),
+            residual=None,
+            error_bound=None,
+            n_hvp=window,
+            n_grad=steps + 1 + self.recomputed,
+            status=Status.EXACT if window == steps else Status.APPROXIMATE,
+        )
+        return hypergradient, {"optimizer": state}
+
+    def forward(self) -> tuple[Tensor, State]:
+        """Take all steps; returns w_T and the state of the optimizer.
+
+        Raises:
+            CannotCompileError: no step runs compiled, or a program cannot be made.
+        """
         steps, flat, state = self.estimator.steps, self.flat, self.state
-        n_grad = steps + 1
         for piece in self._plan(0, self.first):
             flat, state = self._forward(piece, flat, state, record=False)
-        groups: list[_Group] = []
+        self.groups: list[_Group] = []
         pieces = list(self._plan(self.first, steps))
         length: int | None = None
         while pieces:
             group = _Group(flat, state, [])
-            groups.append(group)
+            self.groups.append(group)
             while pieces and (length is None or len(group.pieces) < length):
                 piece = pieces.pop(0)
                 flat, state = self._forward(piece, flat, state, record=True)
@@ -138,36 +270,25 @@ class _Run:
             if pieces:
                 for piece in group.pieces:
                     piece.kept, piece.records = [], []
-
-        at = self.loop.at(flat)
-        value, w_bar, direct = outer_gradients(
-            self.loop.problem, at, self.hyper, self.arguments.outer_batch
-        )
-        adjoint = Adjoint(self.tape, self.values, flatten(w_bar))
-        while groups:
-            group = groups.pop()
-            if not (group.pieces[-1].kept or group.pieces[-1].records):
-                n_grad += group.pieces[-1].end - group.pieces[0].begin
-                self._again(group)
-            while group.pieces:
-                self._pull(group.pieces.pop(), adjoint)
         if not self.chunks:
             raise CannotCompileError(
                 f"no {self.length} consecutive steps have batches of one shape and a settled "
                 'optimizer state; compile="step" needs one'
             )
-        window = steps - self.first
-        hypergradient = Hypergradient(
-            value=value,
-            grad=total_gradient(self.hyper, direct, adjoint.indirect(), ", nor the optimizer"),
-            params=self.loop.params(flat),
-            residual=None,
-            error_bound=None,
-            n_hvp=window,
-            n_grad=n_grad,
-            status=Status.EXACT if window == steps else Status.APPROXIMATE,
-        )
-        return hypergradient, {"optimizer": self.form.state.plain(state)}
+        return flat, self.form.state.plain(state)
+
+    def pullback(self, w_bar: Tensor) -> Pulled:
+        """Walk back from w̄, once."""
+        adjoint = Adjoint(self.tape, self.values, widen(w_bar))
+        self.recomputed = 0
+        while self.groups:
+            group = self.groups.pop()
+            if not (group.pieces[-1].kept or group.pieces[-1].records):
+                self.recomputed += group.pieces[-1].end - group.pieces[0].begin
+                self._again(group)
+            while group.pieces:
+                self._pull(group.pieces.pop(), adjoint)
+        return Pulled(adjoint.indirect(), adjoint.flat_bar)
 
     def _plan(self, begin: int, end: int) -> Iterator[_Piece]:
         """Yield the steps that fill no chunk, and then chunks."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,19 +17,23 @@ __all__ = ["LIBRARY"]
 
 
 def _methods(problem: Training | Stationary) -> list[Method]:
-    import jax
+    @cache
+    def built() -> tuple[Callable[[Any], Any], Any]:
+        # At the first call only: JAX's threads do not survive the fork that measures memory.
+        import jax
 
-    jax.config.update("jax_enable_x64", True)
-    hparams = {k: _array(v) for k, v in problem.hparams.items()}
-    if isinstance(problem, Stationary):
-        function, name = jax.jit(_implicit(problem)), "custom_root, solve_cg, jit"
-    else:
-        function, name = jax.jit(_unrolled(problem)), "unrolled by scan, jit"
+        jax.config.update("jax_enable_x64", True)
+        hparams = {k: _array(v) for k, v in problem.hparams.items()}
+        gradient = _implicit(problem) if isinstance(problem, Stationary) else _unrolled(problem)
+        return jax.jit(gradient), hparams
 
     def run() -> Sequence[Tensor]:
+        function, hparams = built()
         found = function(hparams)
         return [torch.from_numpy(np.array(found[k])) for k in problem.hparams]
 
+    stationary = isinstance(problem, Stationary)
+    name = "custom_root, solve_cg, jit" if stationary else "unrolled by scan, jit"
     return [Method(name, run, compiles=True)]
 
 
