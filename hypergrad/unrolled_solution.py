@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.attention import math_attention
-from hypergrad.compiled.unrolled import CompiledTrajectory
+from hypergrad.compiled.trajectory import CompiledTrajectory
 from hypergrad.first_order import replayed
 from hypergrad.forward import Pushforward
 from hypergrad.optimizers.base import State, vectors

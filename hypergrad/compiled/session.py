@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from hypergrad.estimator import Hypergradient
 from hypergrad.problem import Problem
 from hypergrad.tree import Tree
 
-__all__ = ["Arguments", "Session", "compare", "nudge", "run"]
+__all__ = ["Arguments", "Session", "run"]
 
 
 @dataclass(frozen=True)
@@ -107,39 +107,18 @@ def run(estimator: Any, compute: Compute, arguments: Arguments) -> tuple[Hypergr
 
 
 def _check(entries: list[Entry], found: Hypergradient, eager: Any, arguments: Arguments) -> None:
-    """Compare a first result with the eager one; see `compare`."""
-
-    def nudged() -> list[Tensor]:
-        moved = replace(arguments, params=optree.tree_map(nudge, arguments.params))
-        return _numbers(moved.call(eager)[0])
-
-    compare(entries, _numbers(found), _numbers(arguments.call(eager)[0]), nudged)
-    for entry in entries:
-        entry.checked = True
-
-
-def compare(
-    entries: list[Entry],
-    found: Sequence[Tensor],
-    expected: Sequence[Tensor],
-    nudged: Callable[[], Sequence[Tensor]],
-) -> None:
-    """Compare what programs computed with the eager results.
-
-    Args:
-        entries: the programs.
-        found: their results.
-        expected: the eager ones.
-        nudged: the eager ones with params moved by rounding errors.
+    """Compare a first result with the eager one.
 
     Raises:
         CannotCompileError: they differ by more than rounding explains; the programs are refused.
     """
-    tolerance = float(torch.finfo(expected[0].dtype).eps) ** 0.5
+    expected, _ = arguments.call(eager)
+    tolerance = float(torch.finfo(expected.value.dtype).eps) ** 0.5
     error = _difference(found, expected)
     if not error <= tolerance:
         # Long unrolls and unfinished solves magnify rounding; see by how much.
-        noise = _difference(nudged(), expected)
+        nudged = replace(arguments, params=optree.tree_map(_nudge, arguments.params))
+        noise = _difference(nudged.call(eager)[0], expected)
         if not error <= 10 * noise:
             reason = (
                 f"its first result differed from the eager one by {error:.1e} (tolerance "
@@ -148,22 +127,25 @@ def compare(
             for entry in entries:
                 entry.refuse(reason)
             raise CannotCompileError(reason)
+    for entry in entries:
+        entry.checked = True
 
 
-def _numbers(found: Hypergradient) -> list[Tensor]:
-    """Return F and dF/dh, each to be compared as one vector."""
-    grads = [t.detach().double().reshape(-1) for t in optree.tree_leaves(found.grad)]
-    return [found.value, torch.cat(grads)]
-
-
-def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest relative difference of two tensors."""
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+def _difference(found: Hypergradient, expected: Hypergradient) -> float:
+    """Largest relative difference of the values and of the hypergradients."""
+    pairs = (
+        (found.value.double(), expected.value.double()),
+        (_vector(found.grad), _vector(expected.grad)),
+    )
     errors = [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
     return float(torch.tensor(errors).max())
 
 
-def nudge(tensor: Tensor) -> Tensor:
+def _vector(tree: Tree) -> Tensor:
+    return torch.cat([t.detach().double().reshape(-1) for t in optree.tree_leaves(tree)])
+
+
+def _nudge(tensor: Tensor) -> Tensor:
     """Move every second entry by a rounding error."""
     if not tensor.is_floating_point() or not tensor.requires_grad:
         return tensor

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,27 +13,25 @@ from torch import Tensor
 from hypergrad.compiled.chunk import Chunk, Form, Given, build, optimizer_key
 from hypergrad.compiled.forms import StateForm, ValueForm, is_settled, settled
 from hypergrad.compiled.layout import Layout, split_params, split_tree
-from hypergrad.compiled.report import CannotCompileError, CompileReport
-from hypergrad.compiled.session import Arguments, Session, compare, nudge
+from hypergrad.compiled.report import CannotCompileError
+from hypergrad.compiled.session import Arguments, Session
 from hypergrad.estimator import Hypergradient
-from hypergrad.first_order import devices, replayed
 from hypergrad.memory import SHARE, fitting_length, free_bytes, nbytes
 from hypergrad.optimizers.base import State
 from hypergrad.optimizers.flat import flatten, widen
 from hypergrad.optimizers.values import constants
 from hypergrad.outer import outer_gradients, total_gradient
 from hypergrad.problem import Problem
-from hypergrad.randomness import RandomState
 from hypergrad.status import Status
 from hypergrad.tape import Adjoint, Record, Tape, accumulate
 from hypergrad.training import Loop, UnrolledState, check_optimizer, detached
-from hypergrad.trajectory import Pulled, Trajectory
+from hypergrad.trajectory import Pulled
 from hypergrad.tree import Leaves, hyper_leaves, trainable_leaves
 
 if TYPE_CHECKING:
     from hypergrad.unrolled import Unrolled
 
-__all__ = ["CompiledTrajectory", "unrolled"]
+__all__ = ["NotFiniteError", "Run", "unrolled"]
 
 CHUNKS = range(5, 9)
 """Lengths of a chunk to choose from: longer ones take longer to compile than they save."""
@@ -70,7 +67,7 @@ class _Group:
     pieces: list[_Piece]
 
 
-class _NotFiniteError(Exception):
+class NotFiniteError(Exception):
     """Something to be found by the eager call."""
 
 
@@ -81,106 +78,13 @@ def unrolled(
     leaves, hyper = trainable_leaves(arguments.params), hyper_leaves(arguments.hparams)
     level = (arguments.problem, leaves, hyper, arguments.inner_batch, arguments.state["optimizer"])
     try:
-        run = _Run(estimator, *level, session=session)
+        run = Run(estimator, *level, session=session)
         return run.hypergradient(arguments.outer_batch)
-    except _NotFiniteError:
+    except NotFiniteError:
         return None
 
 
-class CompiledTrajectory:
-    """What `Unrolled.trace` returns, by compiled chunks, or eagerly with the reason why not.
-
-    What a program computes first, w_T and the pullback, is compared with the eager results.
-
-    Args:
-        estimator: the unroll; its `compile` is not "off".
-        problem, params, hparams, inner_batch, optimizer_state: as `Unrolled.trace` takes them.
-
-    Attributes:
-        flat: w_T.
-        state: state of the optimizer there.
-        report: what compiling did.
-    """
-
-    def __init__(
-        self,
-        estimator: Unrolled,
-        problem: Problem,
-        params: Leaves,
-        hparams: Leaves,
-        inner_batch: Any,
-        optimizer_state: State | None,
-    ) -> None:
-        level = problem, params, hparams, inner_batch, optimizer_state
-        self._estimator, self._level, self._session = estimator, level, Session()
-        self._random = RandomState.capture(devices(params, hparams))
-        self._eager: Trajectory | None = None
-        self._run: _Run | None = None
-        reason = None
-        try:
-            run = _Run(estimator, *level, self._session)
-            self.flat, self.state = run.forward()
-            if not all(entry.checked for entry in self._session.entries):
-                eager = self._eager = self._trace()
-                self._compare([self.flat], [eager.flat], lambda moved: [moved.flat])
-            self._run = run
-        except (CannotCompileError, _NotFiniteError) as error:
-            reason = str(error) or "a number was not finite, but is in eager mode"
-            self._eager = self._eager or self._trace()
-            self.flat, self.state = self._eager.flat, self._eager.state
-        seconds, steps = self._session.seconds, self._session.eager_steps
-        cached = reason is None and seconds == 0.0
-        self.report = CompileReport(
-            estimator.compile, seconds, cached, 0 if reason else steps, reason
-        )
-
-    def pullback(self, w_bar: Tensor) -> Pulled:
-        """Walk back from w̄, once; see `Trajectory.pullback`."""
-        with replayed(self._random):
-            pulled = None
-            if self._run is not None:
-                with suppress(_NotFiniteError):  # the eager one says where
-                    pulled = self._run.pullback(w_bar)
-            if pulled is None:
-                return (self._eager or self._trace()).pullback(w_bar)
-            return pulled if self._eager is None else self._checked(pulled, w_bar, self._eager)
-
-    def _checked(self, pulled: Pulled, w_bar: Tensor, eager: Trajectory) -> Pulled:
-        """Compare a first pullback with the eager one, and return what is right."""
-        expected = eager.pullback(w_bar)
-        try:
-            ends = _ends(pulled), _ends(expected)
-            self._compare(*ends, lambda moved: _ends(moved.pullback(w_bar)))
-        except CannotCompileError as error:
-            self.report = replace(self.report, reason=str(error))
-            return expected
-        for entry in self._session.entries:
-            entry.checked = True
-        return pulled
-
-    def _trace(self, nudged: bool = False) -> Trajectory:
-        problem, params, hparams, batch, state = self._level
-        if nudged:
-            params = replace(params, tensors=[nudge(t) for t in params.tensors])
-        self._random.restore()
-        eager = replace(self._estimator, compile="off")
-        return eager.trace(problem, params, hparams, batch, state)
-
-    def _compare(
-        self,
-        found: list[Tensor],
-        expected: list[Tensor],
-        results: Callable[[Trajectory], list[Tensor]],
-    ) -> None:
-        entries = self._session.entries
-        compare(entries, found, expected, lambda: results(self._trace(nudged=True)))
-
-
-def _ends(pulled: Pulled) -> list[Tensor]:
-    return [pulled.start, *(bar for bar in pulled.hyper if bar is not None)]
-
-
-class _Run:
+class Run:
     """One call of `Unrolled`."""
 
     def __init__(
@@ -314,7 +218,7 @@ class _Run:
         piece.chunk = self._chunk(layout, given)
         (flat, *ends, piece.losses, finite), kept = piece.chunk.forward(given.tensors)
         if not finite:
-            raise _NotFiniteError
+            raise NotFiniteError
         piece.kept = kept if record else []
         return flat, self.form.state.unpack(ends)
 
@@ -380,7 +284,7 @@ class _Run:
             before = piece.losses
             flat, state = self._forward(piece, flat, state, record=True)
             if not torch.equal(before, piece.losses):
-                raise _NotFiniteError  # the eager call names the step whose loss differs
+                raise NotFiniteError  # the eager call names the step whose loss differs
         self.session.eager_steps = counted
 
     def _pull(self, piece: _Piece, adjoint: Adjoint) -> None:
@@ -394,7 +298,7 @@ class _Run:
         found = list(piece.chunk.backward([*piece.kept, flat_bar, *state_bars]))
         adjoint.flat_bar, ends, finite = found[0], found[1 : 1 + len(names)], found[1 + len(names)]
         if not finite:
-            raise _NotFiniteError
+            raise NotFiniteError
         adjoint.state_bar = dict(zip(names, ends, strict=True))
         rest = iter(found[2 + len(names) :])
         for key in tuned:
