@@ -85,9 +85,11 @@ def estimators(largest: float) -> dict[str, dict[str, Estimator[Any]]]:
         "Unrolled, truncated": {
             f"Unrolled({k})": Unrolled(descent, k) for k in (1, 5, 20, 100, 400)
         },
-        "Implicit, Identity (T1–T2)": {"Identity": Implicit(Identity(step))},
-        "FiniteDifference (DARTS)": {"FiniteDifference": FiniteDifference(lr=step)},
-        "SAMA": {"SAMA": SAMA(descent)},
+        "one inner step: T1–T2, DARTS, SAMA": {
+            "Implicit(Identity())": Implicit(Identity(step)),
+            "FiniteDifference()": FiniteDifference(lr=step),
+            "SAMA()": SAMA(descent),
+        },
         "PZOBO": {
             f"PZOBO({k}), 20 steps": PZOBO(descent, 20, directions=k, orthogonal=True)
             for k in (1, 4, 16, 64)
@@ -168,8 +170,10 @@ def page(points: list[Point], conditions: Conditions) -> str:
         "",
         "Softmax regression on digits, 650 weights, 64 feature penalties, at the minimum, float64.",
         "Cost: CPU time in gradients of the inner loss. Error: relative distance to the exact",
-        "hypergradient; cosine: of the angle to it. One-step estimators (Identity, FiniteDifference,",
-        "SAMA, Unrolled(1)) have the step size 1/L as scale, so that their cosine says more.",
+        "hypergradient; cosine: of the angle to it, which says more of estimators of one inner",
+        "step, because their length is that of the step, 1/L. The Nyström sketch of 100 columns is",
+        "made anew in each call; in a run it serves several. BOME and PBGD move the weights",
+        "together with the hyperparameters and have no value at a given point.",
         "",
         "| family | estimator | cost | error | cosine |",
         "| --- | --- | ---: | ---: | ---: |",

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from benchmarks.hypergrad.library import Library, Method
 from benchmarks.hypergrad.problems import Batch, Stationary, Training
-from hypergrad import CG, SGD, Adam, Hyper, Implicit, Optimizer, Unrolled, module_problem
+from hypergrad import (
+    CG,
+    SGD,
+    Adam,
+    Hyper,
+    Hypergradient,
+    Implicit,
+    Optimizer,
+    Unrolled,
+    module_problem,
+)
 
 __all__ = ["LIBRARY", "rule"]
 
@@ -41,7 +51,7 @@ def _unrolled(problem: Training) -> list[Method]:
             state = estimator.init(nested, params, hparams)
             batches = problem.batches.__getitem__
             found, _ = estimator(nested, params, hparams, batches, problem.outer_batch, state)
-            return list(found.grad["decay"].values())
+            return _compiled_or_error(found, list(found.grad["decay"].values()))
 
         return hypergradient
 
@@ -73,7 +83,7 @@ def _implicit(problem: Stationary) -> list[Method]:
             hparams = problem.leaves()
             state = estimator.init(nested, params, hparams)
             found, _ = estimator(nested, params, hparams, problem.batch, problem.outer_batch, state)
-            return list(found.grad.values())
+            return _compiled_or_error(found, list(found.grad.values()))
 
         return hypergradient
 
@@ -85,6 +95,13 @@ def _implicit(problem: Stationary) -> list[Method]:
             Method(f'Implicit, compile="{how}"', run(estimator), compiles=True, single=True)
         )
     return methods
+
+
+def _compiled_or_error(found: Hypergradient, grads: list[Tensor]) -> list[Tensor]:
+    """Return the tensors; a call that fell back to eager is no measurement of compiled code."""
+    if found.compiled is not None and not found.compiled.used:
+        raise RuntimeError(f"ran eagerly: {found.compiled.reason}")
+    return grads
 
 
 def _choices(estimator: type, field: str) -> tuple[str, ...]:
