@@ -90,7 +90,7 @@ def main(ridge: float) -> None:
     def at(hparams: dict[str, Tensor]) -> Point:
         return Point(problem, setting.params(), trained(hparams), setting.batch)
 
-    minimize(setting, 1e-8)
+    minimize(setting, 1e-6)
     first = at(setting.hparams)
     exact, low = first.exact()
     tight = CG(rtol=GOAL / 2, max_iter=200)
@@ -108,7 +108,7 @@ def main(ridge: float) -> None:
     for steps in (25, 100):
         descend(setting, steps)
         points[f"{steps} more L-BFGS steps" if steps > 25 else f"{steps} L-BFGS steps"] = at(moved)
-    minimize(setting, 1e-8)
+    minimize(setting, 1e-6)
     points["to the minimum"] = solved = at(moved)
     exact, low = solved.exact()
     stale_exact, stale_low = stale.exact()
@@ -154,7 +154,7 @@ def main(ridge: float) -> None:
         direction = flat(found.grad)
         h = {k: v - LENGTH * direction / direction.norm() for k, v in setting.hparams.items()}
         setting = replace(setting, hparams=h)
-        minimize(setting, 1e-8)
+        minimize(setting, 1e-6)
 
 
 def trained(tree: dict[str, Tensor]) -> dict[str, Tensor]:
