@@ -61,7 +61,9 @@ def _unrolled(problem: Training) -> list[Method]:
         for how in _choices(Unrolled, "memory")
         if how != "forward"  # for a few hyperparameters, not for one each weight
     ]
-    for how in _compiled(Unrolled):
+    # Compiling saves the overhead of small steps; large ones are bound by arithmetic.
+    compiled = _compiled(Unrolled) if sum(p.numel() for p in params.values()) < 100_000 else []
+    for how in compiled:
         estimator = Unrolled(optimizer, steps, compile=how)  # type: ignore[call-arg]
         methods.append(
             Method(f'Unrolled, compile="{how}"', run(estimator), compiles=True, single=True)
