@@ -1,6 +1,7 @@
 """Derivatives of nested problems: min_h F(w*(h), h) with w*(h) = argmin_w f(w, h)."""
 
 from hypergrad.check import check_hypergradient
+from hypergrad.compiled.report import CompileReport
 from hypergrad.conditioning import AdamConditioning, adam_conditioning
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.f2sa import F2SA
@@ -67,6 +68,7 @@ __all__ = [
     "Adam",
     "AdamConditioning",
     "AdamW",
+    "CompileReport",
     "Curvature",
     "Direct",
     "Estimator",

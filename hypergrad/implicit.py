@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
-from hypergrad.compiled.implicit import implicit
+from hypergrad.compiled import implicit as compiled
+from hypergrad.compiled.cg import fits
 from hypergrad.compiled.session import Arguments, run
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.linear import CG, LinearSolver, Memory, Solution
@@ -19,6 +20,8 @@ from hypergrad.problem import Loss, Problem
 from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves
 
 __all__ = ["Implicit", "ImplicitState"]
+
+ImplicitMode = Literal["off", "step", "solve"]
 
 
 class ImplicitState(TypedDict):
@@ -46,6 +49,12 @@ class Implicit(Estimator[ImplicitState]):
         solver: `CG`, `MINRES`, `GMRES`, `Neumann`, `Direct` or `Identity` (T1–T2).
         operator: `Hessian`, or `GGN` for networks.
         warm_start: start the solver at the last call's q.
+        compile: "step" compiles the gradients and the products with the curvature, which every
+            solver then calls; "solve" blocks of several CG iterations, with fewer calls between
+            them.  Compiling takes 10 to 60 seconds for new shapes, so it pays in long runs of
+            small problems, and is kept on disk for the next process.  A program's first result
+            is compared with the eager one.  Where compiling is not possible or not right, the
+            call is eager, and `Hypergradient.compiled` says why; see `hypergrad.compiled`.
 
     Source: Bengio 2000; Pedregosa 2016; Lorraine, Vicol and Duvenaud 2020, theorem 1.
     """
@@ -53,7 +62,19 @@ class Implicit(Estimator[ImplicitState]):
     solver: LinearSolver = field(default_factory=CG)
     operator: Curvature = field(default_factory=Hessian)
     warm_start: bool = True
-    compile: Literal["off", "step", "solve"] = "off"
+    compile: ImplicitMode = "off"
+
+    def __post_init__(self) -> None:
+        if self.compile not in get_args(ImplicitMode):
+            raise ValueError(
+                f"Implicit compile must be one of {get_args(ImplicitMode)}, but got "
+                f"{self.compile!r}."
+            )
+        if self.compile == "solve" and not fits(self.solver):
+            raise ValueError(
+                "compile='solve' needs solver=CG() without a preconditioner, but got "
+                f"{self.solver}; compile='step' takes every solver."
+            )
 
     def init(self, problem: Problem, params: Tree, hparams: Tree) -> ImplicitState:
         return {"adjoint": None, "solver": None}
@@ -69,7 +90,7 @@ class Implicit(Estimator[ImplicitState]):
     ) -> tuple[Hypergradient, ImplicitState]:
         if self.compile != "off":
             arguments = Arguments(problem, params, hparams, inner_batch, outer_batch, state)
-            return run(self, implicit, arguments)
+            return run(self, compiled.implicit, compiled.judge, arguments)
         w, h = trainable_leaves(params), hyper_leaves(hparams)
         value, outer_grad, direct = outer_gradients(problem, w, h, outer_batch)
         point = self.operator.at(problem, w, h, inner_batch)

@@ -9,8 +9,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from hypergrad.attention import math_attention
+from hypergrad.compiled import unrolled as compiled
 from hypergrad.compiled.session import Arguments, run
-from hypergrad.compiled.unrolled import unrolled
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.forward import Forward
 from hypergrad.memory import Memory
@@ -27,6 +27,8 @@ from hypergrad.trajectory import Trajectory, trace
 from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves
 
 __all__ = ["Unrolled"]
+
+UnrolledMode = Literal["off", "step", "chunk"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,13 @@ class Unrolled(Estimator[UnrolledState]):
             A recomputed loss must be the same bit for bit: a callable inner batch must return
             the same batch for the same t.
         segment: with memory="segments", the length of one instead of √K.
+        compile: "step" compiles one step, forward and back; "chunk" five to eight steps, which
+            is faster, and takes as much longer to compile (minutes for large networks).  Steps
+            that fill no chunk run eagerly: best let T be a multiple of 5, 6, 7 or 8.  Memory is
+            chosen in chunks.  A compiled program is kept for its shapes, also on disk, and its
+            first result compared with the eager one.  Where compiling is not possible or not
+            right, the call is eager, and `Hypergradient.compiled` says why; see
+            `hypergrad.compiled`.
     """
 
     optimizer: Optimizer | None = None
@@ -80,7 +89,7 @@ class Unrolled(Estimator[UnrolledState]):
     truncation: int | None = None
     memory: Memory = "auto"
     segment: int | None = None
-    compile: Literal["off", "step", "chunk"] = "off"
+    compile: UnrolledMode = "off"
 
     def __post_init__(self) -> None:
         check_steps("Unrolled", self.steps)
@@ -91,6 +100,15 @@ class Unrolled(Estimator[UnrolledState]):
             )
         if self.memory not in get_args(Memory):
             raise ValueError(f"memory must be one of {get_args(Memory)}, but got {self.memory!r}.")
+        if self.compile not in get_args(UnrolledMode):
+            raise ValueError(
+                f"Unrolled compile must be one of {get_args(UnrolledMode)}, but got "
+                f"{self.compile!r}."
+            )
+        if self.compile != "off" and self.memory == "forward":
+            raise ValueError(
+                f"compile={self.compile!r} compiles a backward pass, but memory is 'forward'."
+            )
         window = self.truncation or self.steps
         if self.memory == "forward" and window < self.steps:
             raise ValueError(
@@ -131,7 +149,7 @@ class Unrolled(Estimator[UnrolledState]):
         with math_attention():
             if self.compile != "off":
                 arguments = Arguments(problem, params, hparams, inner_batch, outer_batch, state)
-                return run(self, unrolled, arguments)
+                return run(self, compiled.unrolled, compiled.judge, arguments)
             return self._run(problem, params, hparams, inner_batch, outer_batch, state)
 
     def _run(

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hypergrad.linear import CG
+from hypergrad.linear import CG, LinearSolver
 from hypergrad.status import Status
 
-__all__ = ["Found", "State", "conjugate_gradients", "steps"]
+__all__ = ["Found", "conjugate_gradients", "fits", "steps"]
 
-Step = Callable[[list[Tensor]], list[Tensor]]
+Step = Callable[[list[Tensor]], Sequence[Tensor]]
 
 ACTIVE, BENT, SINGULAR = 1.0, 2.0, 3.0
 """How a block left: with all steps taken, or stopped (0.0: at the goal or the limit)."""
@@ -55,16 +55,21 @@ def steps(
         p: direction.
         best_x: iterate with the smallest recursive residual.
         numbers: rᵀr, the smallest residual, the largest ‖Ap‖/‖p‖, steps taken, how it left,
-            and the residual to stop at.
+            the residual to stop at, and |pᵀAq − qᵀAp| relative to its terms for the first two
+            directions.
 
     Returns:
         x, r, p, best_x and numbers afterwards.
     """
-    rr, best, largest, used, left, reached = numbers.unbind()
+    rr, best, largest, used, left, reached, skew = numbers.unbind()
     rounding = 4 * torch.finfo(r.dtype).eps
-    for _ in range(count):
+    last: tuple[Tensor, Tensor] | None = None
+    for i in range(count):
         ap = matvec(p)
         active = (left == ACTIVE) & (used < solver.max_iter)
+        if i == 1 and last is not None:
+            skew = torch.where(active, skewness(*last, p, ap), skew)
+        last = p, ap
         curvature, pp = torch.dot(p, ap), torch.dot(p, p)
         steepness = (torch.dot(ap, ap) / pp).sqrt()
         largest = torch.where(active, torch.maximum(largest, steepness), largest)
@@ -82,7 +87,19 @@ def steps(
         stopped = torch.where(curvature < -threshold, BENT, SINGULAR)
         after = torch.where(moving, torch.where(done, 0.0, ACTIVE), stopped)
         left = torch.where(active, after, left)
-    return [x, r, p, best_x, torch.stack([rr, best, largest, used, left, reached])]
+    return [x, r, p, best_x, torch.stack([rr, best, largest, used, left, reached, skew])]
+
+
+def skewness(p: Tensor, ap: Tensor, q: Tensor, aq: Tensor) -> Tensor:
+    """Return |pᵀAq − qᵀAp| / (‖p‖‖Aq‖ + ‖q‖‖Ap‖), which is zero where A is symmetric."""
+    size = p.norm() * aq.norm() + q.norm() * ap.norm()
+    skew: Tensor = (torch.dot(p, aq) - torch.dot(q, ap)).abs() / size
+    return skew
+
+
+def fits(solver: LinearSolver) -> bool:
+    """Whether a solver is one that `conjugate_gradients` stands for."""
+    return type(solver) is CG and solver.preconditioner is None
 
 
 def conjugate_gradients(
@@ -123,12 +140,15 @@ def conjugate_gradients(
     p, best_x, best, checked, taken, largest = r, x, length, length, 0.0, 0.0
     status, left = Status.MAX_ITER, ACTIVE
     while taken < solver.max_iter:
-        numbers = b.new_tensor([length**2, best, largest, taken, ACTIVE, reached])
+        numbers = b.new_tensor([length**2, best, largest, taken, ACTIVE, reached, 0.0])
         x, r, p, best_x, numbers = block([x, r, p, best_x, numbers])
-        rr, best, largest, taken, left, _ = numbers.tolist()
+        rr, best, largest, taken, left, _, skew = numbers.tolist()
         if not math.isfinite(rr + best + largest):
             return None
         length, found = math.sqrt(rr), None
+        if skew > torch.finfo(b.dtype).eps ** 0.25:
+            status = Status.NOT_SYMMETRIC
+            break
         if left in (BENT, SINGULAR):
             status = Status.NEGATIVE_CURVATURE if left == BENT else Status.BREAKDOWN
             break

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.compiled.forms import StateForm, ValueForm
-from hypergrad.compiled.graph import Graph, compile_graph, trace
+from hypergrad.compiled.graph import Graph, Traced, compile_graph, trace
 from hypergrad.compiled.layout import Groups, Layout, ParamsLayout
 from hypergrad.compiled.partition import Early, split
 from hypergrad.optimizers import Optimizer
@@ -58,7 +58,7 @@ class Form(NamedTuple):
     optimizer: Hashable
     params: ParamsLayout
     hyper: Layout
-    batch: Layout | None
+    batch: Layout
     state: StateForm
     values: ValueForm
 
@@ -89,7 +89,9 @@ def build(problem: Problem, optimizer: Optimizer, form: Form, given: Given) -> C
         bars = list(tensors[sum(groups.sizes) :])
         start = form.state.unpack(state)
         fixed = form.values.unpack(values)
-        moving = {k: fixed[k].detach().requires_grad_() for k in form.values.tuned}
+        moving = {k: torch.as_tensor(fixed[k]).detach() for k in form.values.tuned}
+        for tuned in moving.values():
+            tuned.requires_grad_()
         shapes = [flat.new_empty(shape) for shape in form.params.shapes]
         leaves = form.params.leaves(shapes, constant)
         names = [f"hparams[{i}]" for i in range(len(hyper))]
@@ -105,11 +107,15 @@ def build(problem: Problem, optimizer: Optimizer, form: Form, given: Given) -> C
         ends = form.state.pack(state_after, flat.device)
         stacked = torch.stack(losses)
         finite = stacked.isfinite().all() & after.isfinite().all()
-        adjoint = Adjoint(tape, moving, bars[0], dict(zip(form.state.vectors, bars[1:], strict=True)))
+        state_bar = dict(zip(form.state.vectors, bars[1:], strict=True))
+        adjoint = Adjoint(tape, {**moving}, bars[0], state_bar)
         adjoint.walk(records)
         enters[:] = [bar is not None for bar in adjoint.hyper_bars] or [False] * len(hyper)
         return [
-            after, *ends, stacked, finite,
+            after,
+            *ends,
+            stacked,
+            finite,
             adjoint.flat_bar,
             *(adjoint.state_bar.get(k, torch.zeros_like(flat)) for k in form.state.vectors),
             adjoint.flat_bar.isfinite().all(),
@@ -123,7 +129,7 @@ def build(problem: Problem, optimizer: Optimizer, form: Form, given: Given) -> C
     forward, late = split(traced, len(inputs), 3 + len(given.state))
     with torch.no_grad():
         _, kept = forward(inputs)
-    return Chunk(forward, compile_graph(trace(late, [*kept, *bars])), tuple(enters))
+    return Chunk(forward, compile_graph(Traced(late, [*kept, *bars], [])), tuple(enters))
 
 
 def _like(bar: Tensor | None, value: Tensor) -> Tensor:
@@ -135,6 +141,8 @@ def _like(bar: Tensor | None, value: Tensor) -> Tensor:
 
 def optimizer_key(optimizer: Optimizer) -> Hashable:
     """Return what of an optimizer is a constant in a graph; tensors are not."""
-    flat, spec = optree.tree_flatten({f.name: getattr(optimizer, f.name) for f in fields(optimizer)})
+    config: Any = {f.name: getattr(optimizer, f.name) for f in fields(optimizer)}
+    flat: list[Any]
+    flat, spec = optree.tree_flatten(config)
     leaves = [type(v) if isinstance(v, Tensor) else (type(v), v) for v in flat]
     return type(optimizer), spec, tuple(leaves)

@@ -87,7 +87,8 @@ class ValueForm(NamedTuple):
         moving = tuple(tuned(values))
         rest = {k: v for k, v in constants.items() if k not in moving}
         tensors = tuple([k for k, v in rest.items() if isinstance(v, Tensor)])
-        return cls(moving, tensors, tuple([(k, v) for k, v in rest.items() if k not in tensors]))
+        numbers = tuple([(k, v) for k, v in rest.items() if not isinstance(v, Tensor)])
+        return cls(moving, tensors, numbers)
 
     def pack(self, constants: Values, device: torch.device) -> list[Tensor]:
         """Return the tensors among the values; a tuned number as a double-precision scalar."""
@@ -126,7 +127,7 @@ def settled(optimizer: Optimizer, flat: Tensor, state: State, values: Values) ->
         if StateForm.of(filled) == StateForm.of(state):
             return state
         pairs = zip(act(state), act(filled), strict=True)
-    return filled if all([torch.equal(a, b) for a, b in pairs]) else state
+    return filled if all(torch.equal(a, b) for a, b in pairs) else state
 
 
 def is_settled(optimizer: Optimizer, flat: Tensor, state: State, values: Values) -> bool:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 
 from hypergrad.attention import math_attention
 from hypergrad.compiled.report import CannotCompileError
+from hypergrad.compiled.thin import transpose_thin_products
 from hypergrad.randomness import RandomState
 
-__all__ = ["Graph", "Traced", "compile_graph", "trace"]
+__all__ = ["Graph", "Traced", "compile_graph", "retarget", "trace"]
 
 TensorFunction = Callable[..., Sequence[Tensor]]
 
@@ -56,6 +57,7 @@ def trace(function: TensorFunction, inputs: Sequence[Tensor]) -> Traced:
         CannotCompileError: the trace ended early, the function draws random numbers, or it
             changes a tensor that it did not make.
     """
+    import torch._inductor.lowering  # some decompositions look it up
     from torch._functorch.compile_utils import fx_graph_cse
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -88,6 +90,17 @@ def compile_graph(traced: Traced) -> Graph:
     Raises:
         CannotCompileError: inductor or the C++ compiler failed, or there is none.
     """
+    try:
+        with torch.no_grad():
+            return Graph(_inductor(traced.module, traced.inputs), traced.captured)
+    except Exception as error:
+        raise CannotCompileError(f"inductor failed: {_first_line(error)}") from error
+
+
+def _inductor(
+    module: fx.GraphModule, inputs: Sequence[Tensor]
+) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    """Return what inductor makes of a graph of ATen operations."""
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -97,15 +110,23 @@ def compile_graph(traced: Traced) -> Graph:
 
     # Inductor keeps graphs on disk for the next process only where it finds a shape environment.
     fake = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    try:
-        with torch.no_grad(), tracing(TracingContext(fake)):
-            inputs = [fake.from_tensor(t, static_shapes=True) for t in traced.inputs]
-            FakeTensorProp(traced.module, fake).propagate_dont_convert_inputs(*inputs)
-            module = joint_graph_passes(traced.module)
-            function: Any = compile_fx_inner(module, inputs, is_inference=True)
-    except Exception as error:
-        raise CannotCompileError(f"inductor failed: {_first_line(error)}") from error
-    return Graph(function, traced.captured)
+    with tracing(TracingContext(fake)):
+        like = [fake.from_tensor(t, static_shapes=True) for t in inputs]
+        FakeTensorProp(module, fake).propagate_dont_convert_inputs(*like)
+        # A view is what inductor takes a reshape for, in any memory order.
+        retarget(module, torch.ops.aten.reshape.default, torch.ops.aten.view.default)
+        transpose_thin_products(module)
+        module = joint_graph_passes(module)
+        function = compile_fx_inner(module, like, is_inference=True)
+    return cast(Callable[[list[Tensor]], Sequence[Tensor]], function)
+
+
+def retarget(module: fx.GraphModule, before: Any, after: Any) -> None:
+    """Replace an operation by another one."""
+    for node in module.graph.nodes:
+        if node.target is before:
+            node.target = after
+    module.recompile()
 
 
 def _first_line(error: Exception) -> str:

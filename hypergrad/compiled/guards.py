@@ -45,7 +45,7 @@ class Guards:
 
     def hold(self) -> bool:
         """Whether everything still is as it was."""
-        return all([_same(read(), before) for read, before in self._watched])
+        return all(_same(read(), before) for read, before in self._watched)
 
     def _enter(self, value: Any) -> None:
         """Watch what a value refers to."""
@@ -126,5 +126,5 @@ def _same(now: Any, before: Any) -> bool:
     if type(now) is not type(before):
         return False
     if isinstance(now, tuple):
-        return len(now) == len(before) and all([_same(*pair) for pair in zip(now, before)])
+        return len(now) == len(before) and all(map(_same, now, before))
     return isinstance(now, _VALUES) and bool(now == before)

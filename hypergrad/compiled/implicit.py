@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import optree
 import torch
@@ -16,7 +16,7 @@ from hypergrad.compiled.graph import Graph, compile_graph, trace
 from hypergrad.compiled.layout import Groups, Layout, ParamsLayout, split_params, split_tree
 from hypergrad.compiled.partition import Early, split
 from hypergrad.compiled.report import CannotCompileError
-from hypergrad.compiled.session import Arguments, Session
+from hypergrad.compiled.session import Arguments, Session, compare, numbers
 from hypergrad.estimator import Hypergradient
 from hypergrad.flat import FlatSpace
 from hypergrad.linear import CG, Direct
@@ -27,7 +27,7 @@ from hypergrad.tree import Leaves, hyper_leaves, trainable_leaves
 if TYPE_CHECKING:
     from hypergrad.implicit import Implicit, ImplicitState
 
-__all__ = ["implicit"]
+__all__ = ["implicit", "judge"]
 
 BLOCK = 5
 """Solver steps in one graph: compiling takes time per step, and so does calling a graph."""
@@ -104,11 +104,12 @@ def implicit(
         x0 = estimator.start(arguments.state, b)
 
         def check(x: Tensor) -> Found:
-            residual, numbers, *extra = program.finish([*kept, x, b, size, *direct])
-            length, finite = numbers.tolist()
+            residual, flags, *extra = program.finish([*kept, x, b, size, *direct])
+            length, finite = flags.tolist()
             return Found(residual, length if finite else math.nan, extra)
 
         if estimator.compile == "solve":
+            assert isinstance(estimator.solver, CG)  # checked by the estimator
             found = conjugate_gradients(
                 estimator.solver,
                 lambda state: program.products([*kept, *state]),
@@ -145,15 +146,38 @@ def implicit(
     return hypergradient, {"adjoint": q, "solver": memory}
 
 
+def judge(
+    eager: Implicit, arguments: Arguments, found: Hypergradient, state: ImplicitState
+) -> str | None:
+    """Compute the residual and the hypergradient of the q that was found; see `Judge`.
+
+    The solve itself magnifies rounding, so that two of them need not agree.
+    """
+    w, h = trainable_leaves(arguments.params), hyper_leaves(arguments.hparams)
+    problem, q = arguments.problem, cast(Tensor, state["adjoint"])
+    value, outer_grad, direct = outer_gradients(problem, w, h, arguments.outer_batch)
+    point = eager.operator.at(problem, w, h, arguments.inner_batch)
+    b = point.space.pack(outer_grad)
+    indirect = [None if c is None else -c for c in point.cross(q)]
+    expected = replace(found, value=value, grad=total_gradient(h, direct, indirect, ""))
+    reason = compare(numbers(found), numbers(expected))
+    if reason is not None or found.residual is None:
+        return reason
+    damping = getattr(eager.solver, "damping", 0.0)
+    rest = float((b - point.matvec(q) - damping * q).norm() / b.norm().clamp(min=1e-300))
+    if abs(rest - found.residual) > torch.finfo(b.dtype).eps ** 0.5 * max(1.0, rest):
+        return f"its residual is {rest:.3e}, and not {found.residual:.3e}"
+    return None
+
+
 def _build(estimator: Implicit, problem: Problem, given: _Inputs, layouts: _Layouts) -> _Program:
     solver, groups, n_grad = estimator.solver, Groups(*given), 0
+    if given.trained[0].dtype not in (torch.float32, torch.float64):
+        raise CannotCompileError(f"inductor rounds {given.trained[0].dtype} unlike eager")
     if isinstance(solver, Direct) and solver.chunk > 1:
         raise CannotCompileError("Direct evaluates products by vmap; use Direct(chunk=1)")
-    if isinstance(solver, CG) and solver.preconditioner is not None:
-        if estimator.compile == "solve":
-            raise CannotCompileError("compile='solve' has no preconditioner; use compile='step'")
-        if solver.preconditioner.chunk > 1:
-            raise CannotCompileError("Nystrom evaluates products by vmap; use Nystrom(chunk=1)")
+    if isinstance(solver, CG) and solver.preconditioner and solver.preconditioner.chunk > 1:
+        raise CannotCompileError("Nystrom evaluates products by vmap; use Nystrom(chunk=1)")
     has_direct: list[bool] = []
     has_cross: list[bool] = []
 
@@ -183,17 +207,18 @@ def _build(estimator: Implicit, problem: Problem, given: _Inputs, layouts: _Layo
     with torch.no_grad():
         (_, b, size, *direct), kept = start(inputs)
 
+    solving = solver if estimator.compile == "solve" and isinstance(solver, CG) else None
+    damping = 0.0 if solving is None else solving.damping
+
     def matvec(v: Tensor, kept: Sequence[Tensor]) -> Tensor:
         product: Tensor = linear(*kept, v)[0]
-        if estimator.compile == "solve" and solver.damping:
-            return product + solver.damping * v
-        return product
+        return product + damping * v if damping else product
 
     def products(*tensors: Tensor) -> list[Tensor]:
         kept_, state = tensors[: len(kept)], tensors[len(kept) :]
-        if estimator.compile != "solve":
+        if solving is None:
             return [matvec(state[0], kept_)]
-        return steps(solver, min(BLOCK, solver.max_iter), lambda v: matvec(v, kept_), *state)
+        return steps(solving, min(BLOCK, solving.max_iter), lambda v: matvec(v, kept_), *state)
 
     def finish(*tensors: Tensor) -> list[Tensor]:
         kept_, (x, b, size, *direct) = tensors[: len(kept)], tensors[len(kept) :]
@@ -209,8 +234,8 @@ def _build(estimator: Implicit, problem: Problem, given: _Inputs, layouts: _Layo
         length = torch.linalg.vector_norm(residual)
         return [residual, torch.stack([length, finite.to(length)]), q, *grads]
 
-    numbers = b.new_zeros(6)
-    state = [b, b, b, b, numbers] if estimator.compile == "solve" else [b]
+    numbers = b.new_zeros(7)
+    state = [b] if solving is None else [b, b, b, b, numbers]
     return _Program(
         start,
         compile_graph(trace(products, [*kept, *state])),

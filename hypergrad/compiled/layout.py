@@ -29,7 +29,7 @@ class TensorSpec(NamedTuple):
 class _Slot(NamedTuple):
     """Stands for the tensor of this number."""
 
-    index: int
+    number: int
 
 
 class Layout(NamedTuple):
@@ -50,7 +50,7 @@ class Layout(NamedTuple):
         """Put tensors back into the tree."""
         return optree.tree_unflatten(
             self.spec,
-            [tensors[v.index] if isinstance(v, _Slot) else v for _, v in self.leaves],
+            [tensors[v.number] if isinstance(v, _Slot) else v for _, v in self.leaves],
         )
 
 

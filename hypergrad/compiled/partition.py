@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from hypergrad.compiled.graph import Graph, Traced, compile_graph
+from hypergrad.compiled.graph import Graph, Traced, compile_graph, retarget
 
 __all__ = ["Early", "split"]
 
@@ -39,7 +39,8 @@ def split(traced: Traced, n_inputs: int, n_outputs: int) -> tuple[Early, fx.Grap
     """Split (x, u, captured) -> (outputs of x, outputs of x and u), and compile the early part.
 
     The late part is a graph without compilation, (what `Early` keeps, u) -> its outputs.  It
-    takes views and constants anew, so that they are not passed on.
+    takes views and constants anew, so that they are not passed on.  Its views are reshapes,
+    because inductor may pass intermediate results in another memory order than eager.
 
     Args:
         traced: the function.
@@ -64,6 +65,7 @@ def split(traced: Traced, n_inputs: int, n_outputs: int) -> tuple[Early, fx.Grap
     inputs = [*traced.inputs[:n_inputs], *traced.captured]
     graph = compile_graph(Traced(early, inputs, traced.captured))
     rest = _extract(traced.module, [*kept, *passed, *moving], results[n_outputs:])
+    retarget(rest, torch.ops.aten.view.default, torch.ops.aten.reshape.default)
     return Early(graph, n_outputs, tuple([given.index(n) for n in kept])), rest
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +17,7 @@ from hypergrad.estimator import Hypergradient
 from hypergrad.problem import Problem
 from hypergrad.tree import Tree
 
-__all__ = ["Arguments", "Session", "run"]
+__all__ = ["Arguments", "Session", "compare", "nudge", "numbers", "run"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,22 @@ class Session:
         self.entries.append(entry)
         return entry.program
 
+    def settle(self, reason: str | None) -> None:
+        """Mark the programs as right, or refuse them.
+
+        Args:
+            reason: what is wrong with their first result, or None.
+
+        Raises:
+            CannotCompileError: with the reason.
+        """
+        for entry in self.entries:
+            entry.checked = True
+            if reason is not None:
+                entry.refuse(f"its first result was wrong: {reason}")
+        if reason is not None:
+            raise CannotCompileError(f"its first result was wrong: {reason}")
+
 
 class Compute(Protocol):
     """A compiled form of an estimator."""
@@ -84,19 +101,29 @@ class Compute(Protocol):
         """
 
 
-def run(estimator: Any, compute: Compute, arguments: Arguments) -> tuple[Hypergradient, Any]:
+class Judge(Protocol):
+    """A check of a program's first result."""
+
+    def __call__(
+        self, eager: Any, arguments: Arguments, found: Hypergradient, state: Any
+    ) -> str | None:
+        """Return what is wrong with it, or None."""
+
+
+def run(
+    estimator: Any, compute: Compute, judge: Judge, arguments: Arguments
+) -> tuple[Hypergradient, Any]:
     """Call an estimator in its compiled form, or eagerly with the reason why not.
 
-    A program's first result is compared with the eager one.  Where anything is not finite, the
-    eager call tells the step and the tensor.
+    Where anything is not finite, the eager call tells the step and the tensor.
     """
     session, eager = Session(), replace(estimator, compile="off")
     try:
         found = compute(estimator, arguments, session)
         if found is None:
-            raise CannotCompileError("a number was not finite, but is in eager mode")
-        if not all([entry.checked for entry in session.entries]):
-            _check(session.entries, found[0], eager, arguments)
+            raise CannotCompileError("a number was not finite")
+        if any(not entry.checked for entry in session.entries):
+            session.settle(judge(eager, arguments, *found))
     except CannotCompileError as error:
         expected, state = arguments.call(eager)
         report = CompileReport(estimator.compile, session.seconds, False, 0, str(error))
@@ -106,49 +133,49 @@ def run(estimator: Any, compute: Compute, arguments: Arguments) -> tuple[Hypergr
     return replace(found[0], compiled=report), found[1]
 
 
-def _check(entries: list[Entry], found: Hypergradient, eager: Any, arguments: Arguments) -> None:
-    """Compare a first result with the eager one.
+def compare(
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    nudged: Callable[[], Sequence[Tensor]] | None = None,
+) -> str | None:
+    """Say by how much results differ from eager ones, or None where rounding explains it.
 
-    Raises:
-        CannotCompileError: they differ by more than rounding explains; the programs are refused.
+    Args:
+        found: tensors, each compared as a whole.
+        expected: the eager ones.
+        nudged: the eager ones with params moved by rounding errors, for computations that
+            magnify rounding, as long unrolls do.
     """
-    expected, _ = arguments.call(eager)
-    tolerance = float(torch.finfo(expected.value.dtype).eps) ** 0.5
+    tolerance = float(torch.finfo(expected[0].dtype).eps) ** 0.5
     error = _difference(found, expected)
-    if not error <= tolerance:
-        # Long unrolls and unfinished solves magnify rounding; see by how much.
-        nudged = replace(arguments, params=optree.tree_map(_nudge, arguments.params))
-        noise = _difference(nudged.call(eager)[0], expected)
-        if not error <= 10 * noise:
-            reason = (
-                f"its first result differed from the eager one by {error:.1e} (tolerance "
-                f"{tolerance:.1e}; rounding of params alone makes {noise:.1e})"
-            )
-            for entry in entries:
-                entry.refuse(reason)
-            raise CannotCompileError(reason)
-    for entry in entries:
-        entry.checked = True
+    if error <= tolerance:
+        return None
+    reason = f"it differs from the eager one by {error:.1e}, where {tolerance:.1e} passes"
+    if nudged is not None:
+        noise = _difference(nudged(), expected)
+        if error <= 10 * noise:
+            return None
+        reason += f" and rounding of params makes {noise:.1e}"
+    return reason
 
 
-def _difference(found: Hypergradient, expected: Hypergradient) -> float:
-    """Largest relative difference of the values and of the hypergradients."""
-    pairs = (
-        (found.value.double(), expected.value.double()),
-        (_vector(found.grad), _vector(expected.grad)),
-    )
+def _difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest relative difference of two tensors."""
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
     errors = [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
-    return float(torch.tensor(errors).max())
+    return max(math.inf if math.isnan(error) else error for error in errors)
 
 
-def _vector(tree: Tree) -> Tensor:
-    return torch.cat([t.detach().double().reshape(-1) for t in optree.tree_leaves(tree)])
+def numbers(found: Hypergradient) -> list[Tensor]:
+    """Return F and dF/dh, each to be compared as a whole."""
+    grads = [t.detach().double().reshape(-1) for t in optree.tree_leaves(found.grad)]
+    return [found.value, torch.cat(grads)]
 
 
-def _nudge(tensor: Tensor) -> Tensor:
-    """Move every second entry by a rounding error."""
-    if not tensor.is_floating_point() or not tensor.requires_grad:
+def nudge(tensor: Tensor) -> Tensor:
+    """Move every second entry of a trained tensor by a rounding error."""
+    if not tensor.requires_grad:
         return tensor
-    sign = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape) % 2
+    odd = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape) % 2
     eps = torch.finfo(tensor.dtype).eps
-    return (tensor.detach() * (1 + eps * sign)).requires_grad_()
+    return (tensor.detach() * (1 + eps * odd.to(tensor))).requires_grad_()

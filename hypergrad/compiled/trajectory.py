@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from hypergrad.compiled.report import CannotCompileError, CompileReport
-from hypergrad.compiled.session import Session
+from hypergrad.compiled.session import Session, compare, nudge
 from hypergrad.compiled.unrolled import NotFiniteError, Run
 from hypergrad.first_order import devices, replayed
 from hypergrad.optimizers.base import State
@@ -94,14 +92,13 @@ class CompiledTrajectory:
         except CannotCompileError as error:
             self.report = replace(self.report, reason=str(error))
             return expected
-        for entry in self._session.entries:
-            entry.checked = True
+        self._session.settle(None)
         return pulled
 
     def _trace(self, nudged: bool = False) -> Trajectory:
         problem, params, hparams, batch, state = self._level
         if nudged:
-            params = replace(params, tensors=[_nudge(t) for t in params.tensors])
+            params = replace(params, tensors=[nudge(t) for t in params.tensors])
         self._random.restore()
         eager = replace(self._estimator, compile="off")
         return eager.trace(problem, params, hparams, batch, state)
@@ -118,35 +115,10 @@ class CompiledTrajectory:
             CannotCompileError: they differ by more than rounding explains; the programs are
                 refused.
         """
-        tolerance = torch.finfo(expected[0].dtype).eps ** 0.5
-        error = _difference(found, expected)
-        if error <= tolerance:
-            return
-        # Long unrolls magnify rounding; see by how much.
-        noise = _difference(results(self._trace(nudged=True)), expected)
-        if error <= 10 * noise:
-            return
-        reason = (
-            f"its first result was wrong: it differs from the eager one by {error:.1e}, where "
-            f"{tolerance:.1e} passes and rounding of params makes {noise:.1e}"
-        )
-        for entry in self._session.entries:
-            entry.refuse(reason)
-        raise CannotCompileError(reason)
+        reason = compare(found, expected, lambda: results(self._trace(nudged=True)))
+        if reason is not None:
+            self._session.settle(reason)
 
 
 def _ends(pulled: Pulled) -> list[Tensor]:
     return [pulled.start, *(bar for bar in pulled.hyper if bar is not None)]
-
-
-def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """Return the largest relative difference of two tensors."""
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
-    errors = [float((a - b).norm() / b.norm().clamp(min=1e-300)) for a, b in pairs]
-    return max(math.inf if math.isnan(error) else error for error in errors)
-
-
-def _nudge(tensor: Tensor) -> Tensor:
-    """Move every second entry by a rounding error."""
-    odd = torch.arange(tensor.numel(), device=tensor.device).reshape(tensor.shape) % 2
-    return (tensor.detach() * (1 + torch.finfo(tensor.dtype).eps * odd.to(tensor))).requires_grad_()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from hypergrad.compiled.chunk import Chunk, Form, Given, build, optimizer_key
 from hypergrad.compiled.forms import StateForm, ValueForm, is_settled, settled
 from hypergrad.compiled.layout import Layout, split_params, split_tree
 from hypergrad.compiled.report import CannotCompileError
-from hypergrad.compiled.session import Arguments, Session
+from hypergrad.compiled.session import Arguments, Session, compare, nudge, numbers
 from hypergrad.estimator import Hypergradient
 from hypergrad.memory import SHARE, fitting_length, free_bytes, nbytes
 from hypergrad.optimizers.base import State
@@ -31,7 +32,7 @@ from hypergrad.tree import Leaves, hyper_leaves, trainable_leaves
 if TYPE_CHECKING:
     from hypergrad.unrolled import Unrolled
 
-__all__ = ["NotFiniteError", "Run", "unrolled"]
+__all__ = ["NotFiniteError", "Run", "judge", "unrolled"]
 
 CHUNKS = range(5, 9)
 """Lengths of a chunk to choose from: longer ones take longer to compile than they save."""
@@ -84,6 +85,18 @@ def unrolled(
         return None
 
 
+def judge(
+    eager: Unrolled, arguments: Arguments, found: Hypergradient, state: UnrolledState
+) -> str | None:
+    """Compare with the eager call; see `Judge`."""
+
+    def nudged() -> list[Tensor]:
+        moved = replace(arguments, params=optree.tree_map(nudge, arguments.params))
+        return numbers(moved.call(eager)[0])
+
+    return compare(numbers(found), numbers(arguments.call(eager)[0]), nudged)
+
+
 class Run:
     """One call of `Unrolled`."""
 
@@ -109,7 +122,7 @@ class Run:
 
         flat, state = self.loop.start(optimizer_state)
         if flat.dtype not in (torch.float32, torch.float64):
-            raise CannotCompileError(f"inductor rounds {flat.dtype} differently from eager")
+            raise CannotCompileError(f"inductor rounds {flat.dtype} unlike eager")
         state = settled(optimizer, flat, state, self.values)
         self.flat, self.state = flat, state
         self.starting = not is_settled(optimizer, flat, state, self.values)
@@ -126,7 +139,7 @@ class Run:
             optimizer_key(optimizer),
             params,
             hyper_layout,
-            None,
+            hyper_layout,  # until there is a batch
             StateForm.of(state),
             value_form,
         )
@@ -170,7 +183,7 @@ class Run:
                 flat, state = self._forward(piece, flat, state, record=True)
                 group.pieces.append(piece)
                 if piece.chunk is not None and length is None:
-                    length = self._group_length(piece, len(pieces) + 1)
+                    length = self._group_length(piece, len(pieces) + len(group.pieces))
             if pieces:
                 for piece in group.pieces:
                     piece.kept, piece.records = [], []
