@@ -5,6 +5,7 @@ from hypergrad.conditioning import AdamConditioning, adam_conditioning
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.f2sa import F2SA
 from hypergrad.finite import FiniteDifference
+from hypergrad.fixed_point import FixedPoint, FixedPointResult
 from hypergrad.forward import Forward
 from hypergrad.higher_unrolled import HigherUnrolled
 from hypergrad.implicit import Implicit
@@ -33,9 +34,17 @@ from hypergrad.optimizers import (
     from_torch,
 )
 from hypergrad.problem import Loss, ModuleProblem, Problem, module_problem
+from hypergrad.proximal import (
+    group_soft_threshold,
+    project_box,
+    project_simplex,
+    soft_threshold,
+)
+from hypergrad.proximal_gradient import ProximalGradient
 from hypergrad.randomness import seeded
 from hypergrad.report import HypergradientReport
 from hypergrad.sama import SAMA
+from hypergrad.solver import Solver
 from hypergrad.status import Status
 from hypergrad.training import Trained, train
 from hypergrad.unrolled import Unrolled
@@ -62,6 +71,8 @@ __all__ = [
     "Direct",
     "Estimator",
     "FiniteDifference",
+    "FixedPoint",
+    "FixedPointResult",
     "Forward",
     "Hessian",
     "HigherUnrolled",
@@ -78,8 +89,10 @@ __all__ = [
     "Nystrom",
     "Optimizer",
     "Problem",
+    "ProximalGradient",
     "RMSprop",
     "Solution",
+    "Solver",
     "Status",
     "TorchOpt",
     "Trained",
@@ -88,8 +101,12 @@ __all__ = [
     "adam_conditioning",
     "check_hypergradient",
     "from_torch",
+    "group_soft_threshold",
     "module_problem",
+    "project_box",
+    "project_simplex",
     "seeded",
+    "soft_threshold",
     "train",
     "two_view_grad",
 ]

@@ -164,7 +164,7 @@ def _newton(problem: Problem, w: Leaves, h: Leaves, batch: Any, steps: int = 5) 
     for _ in range(steps + 1):
         at = Leaves(tensors, w.names, w.rebuild)
         point = Hessian().at(problem, at, h, batch)
-        gradient = point.space.pack([g.detach() for g in point.gradient])
+        gradient = point.optimality.detach()
         norm = float(gradient.norm())
         if not norm < best:
             break

@@ -10,6 +10,7 @@ import optree
 import torch
 from torch import Tensor
 
+from hypergrad.compiled.report import CompileReport
 from hypergrad.problem import Problem
 from hypergrad.status import Status
 from hypergrad.tree import Tree
@@ -34,6 +35,7 @@ class Hypergradient:
         n_hvp: Hessian-vector products used.
         n_grad: gradient evaluations used (inner and outer).
         status: see `Status`.
+        compiled: what compiling did, where it was asked for.
     """
 
     value: Tensor
@@ -44,6 +46,7 @@ class Hypergradient:
     n_hvp: int
     n_grad: int
     status: Status
+    compiled: CompileReport | None = None
 
     @property
     def norm(self) -> float:

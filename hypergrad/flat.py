@@ -36,7 +36,7 @@ class FlatSpace:
 
     def pack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Concatenate tensors of this space into a vector."""
-        return torch.cat([t.reshape(-1).to(self.dtype) for t in tensors])
+        return torch.cat([t.reshape(-1) for t in tensors]).to(self.dtype)
 
     def unpack(self, vector: Tensor) -> list[Tensor]:
         """Cut a vector into tensors of this space, in their own dtypes."""

@@ -21,7 +21,7 @@ from hypergrad.status import Status
 from hypergrad.training import Loop, UnrolledState, check_optimizer, check_steps, detached
 from hypergrad.tree import Leaves, Tree, hyper_leaves, trainable_leaves
 
-__all__ = ["Forward"]
+__all__ = ["Forward", "Pushforward"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Forward(Estimator[UnrolledState]):
         with torch.enable_grad():
             values = optimizer.resolve(hyper.tree(), leaves)
         loop = Loop(problem, leaves, detached(hyper), optimizer, constants(values), inner_batch)
-        pushforward = _Pushforward(loop, hyper, tuned(values))
+        pushforward = Pushforward(loop, hyper, tuned(values))
         flat, inner = loop.start(state["optimizer"])
         with math_attention():
             for t in range(self.steps):
@@ -107,7 +107,7 @@ class _Tangent:
     state: dict[str, Tensor] = field(default_factory=dict)
 
 
-class _Pushforward:
+class Pushforward:
     """Carries one tangent per scalar hyperparameter along the inner loop."""
 
     def __init__(self, loop: Loop, hyper: Leaves, values: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad.attention import math_attention
+from hypergrad.eager import is_compiled
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.optimizers import Optimizer, State, Values, as_optimizer
 from hypergrad.optimizers.flat import flatten, flatten_params, unflatten
@@ -80,7 +81,7 @@ class HigherUnrolled(Estimator[HigherState]):
         """Run the inner loop from `params` on a patched copy of the module.
 
         Raises:
-            TypeError: the problem is not from `module_problem`.
+            TypeError: the problem is not from `module_problem`, or its module is compiled.
             ValueError: params are not those of the module; a hyperparameter that enters nowhere.
             FloatingPointError: a loss, or the hypergradient, is not finite.
         """
@@ -189,6 +190,11 @@ def _check_problem(problem: Problem, params: Tree) -> ModuleProblem:
         raise TypeError(
             "HigherUnrolled needs the problem of module_problem(module, inner_loss, outer_loss), "
             f"but got {type(problem).__name__}; for losses over trees of tensors use Unrolled."
+        )
+    if is_compiled(problem.module):
+        raise TypeError(
+            "HigherUnrolled patches the module's own code, but this one is compiled by "
+            "torch.compile; pass the module that was compiled, or use Unrolled."
         )
     names = [name for name, _ in problem.module.named_parameters()]
     if not isinstance(params, dict) or list(params) != names:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from hypergrad.attention import math_attention
 from hypergrad.flat import FlatSpace
@@ -20,34 +21,35 @@ from hypergrad.problem import Loss, Problem, check_scalar, inner_gradient
 from hypergrad.randomness import RandomState
 from hypergrad.tree import Leaves, Tree, zeros_for_none
 
-__all__ = ["GGN", "Curvature", "Hessian", "Linearization"]
+__all__ = ["GGN", "Curvature", "Hessian", "Linearization", "vector_jacobian"]
 
 
 @dataclass(frozen=True)
 class Linearization:
-    """The inner loss at a point: its gradient, products with its curvature, the cross product.
+    """The inner problem at a point: its optimality condition, and products with its derivatives.
 
     Attributes:
         space: the flat vectors of the parameters.
-        gradient: ∇_w f, with a graph.
-        matvec: v -> A v on flat vectors.
+        optimality: what is zero at the inner solution, as a flat vector with a graph: ∇_w f, or
+            w − T(w, h) for a `FixedPoint`.
+        matvec: v -> A v on flat vectors, A = (∂optimality/∂w)ᵀ or what stands for it.
         hparams: leaves that the cross product is taken in.
         n_grad: gradient evaluations that it took.
     """
 
     space: FlatSpace
-    gradient: Sequence[Tensor]
+    optimality: Tensor
     matvec: Callable[[Tensor], Tensor]
     hparams: Leaves
     n_grad: int
 
     def cross(self, q: Tensor) -> list[Tensor | None]:
-        """Return (∂²f/∂w∂h)ᵀ q for each hyperparameter; None where f's gradient lacks it."""
-        return vector_jacobian(self.gradient, self.hparams.tensors, self.space.unpack(q))
+        """Return (∂optimality/∂h)ᵀ q for each hyperparameter; None where it does not enter."""
+        return list(vector_jacobian([self.optimality], self.hparams.tensors, [q]))
 
 
 class Curvature(ABC):
-    """Which matrix stands for the inner Hessian.  Subclasses are frozen dataclasses."""
+    """Which condition and matrix stand for an inner problem.  Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def at(self, problem: Problem, params: Leaves, hparams: Leaves, batch: Any) -> Linearization:
@@ -61,8 +63,8 @@ class Hessian(Curvature):
     def at(self, problem: Problem, params: Leaves, hparams: Leaves, batch: Any) -> Linearization:
         _, gradient = inner_gradient(problem, params, hparams, batch)
         space = FlatSpace.of(params.tensors)
-        product = _hessian_product(gradient, params.tensors, space)
-        return Linearization(space, gradient, product, hparams, 1)
+        flat = space.pack(gradient)
+        return Linearization(space, flat, _product(flat, params.tensors, space), hparams, 1)
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,11 @@ class GGN(Curvature):
             (z_gradient,) = torch.autograd.grad(criterion, z_leaf, create_graph=True)
             # J v by differentiating the linear map u -> Jᵀu.
             u = torch.zeros_like(z, requires_grad=True)
-            pulled = zeros_for_none(
-                torch.autograd.grad(z, params.tensors, u, create_graph=True, allow_unused=True),
-                params.tensors,
+            pulled = space.pack(
+                zeros_for_none(
+                    torch.autograd.grad(z, params.tensors, u, create_graph=True, allow_unused=True),
+                    params.tensors,
+                )
             )
             parts = [criterion.detach()]
             penalty = None
@@ -117,8 +121,8 @@ class GGN(Curvature):
                 r_gradient = torch.autograd.grad(
                     r, params.tensors, create_graph=True, allow_unused=True
                 )
-                used = zeros_for_none(r_gradient, params.tensors)
-                penalty = _hessian_product(used, params.tensors, space)
+                flat = space.pack(zeros_for_none(r_gradient, params.tensors))
+                penalty = _product(flat, params.tensors, space)
         after.restore()
         # The parts are summed in another order than in the loss, so equal up to rounding only.
         total, size = sum(float(part) for part in parts), sum(abs(float(part)) for part in parts)
@@ -129,24 +133,28 @@ class GGN(Curvature):
             )
 
         def product(v: Tensor) -> Tensor:
-            (jv,) = _filled(pulled, [u], space.unpack(v))
-            (hjv,) = _filled([z_gradient], [z_leaf], [jv])
-            jhjv = space.pack(_filled([z], params.tensors, [hjv]))
+            jv = vector_jacobian([pulled], [u], [v])[0]
+            hjv = None if jv is None else vector_jacobian([z_gradient], [z_leaf], [jv])[0]
+            if hjv is None:  # z does not depend on w, or ℓ is linear in z
+                jhjv = torch.zeros_like(v)
+            else:
+                jhjv = space.pack(
+                    zeros_for_none(vector_jacobian([z], params.tensors, [hjv]), params.tensors)
+                )
             return jhjv if penalty is None else jhjv + penalty(v)
 
-        return Linearization(space, gradient, product, hparams, 3)
+        return Linearization(space, space.pack(gradient), product, hparams, 3)
 
 
-def _hessian_product(
-    gradient: Sequence[Tensor], tensors: Sequence[Tensor], space: FlatSpace
+def _product(
+    gradient: Tensor, tensors: Sequence[Tensor], space: FlatSpace
 ) -> Callable[[Tensor], Tensor]:
-    return lambda v: space.pack(_filled(gradient, tensors, space.unpack(v)))
+    """Return v -> (∂gradient/∂tensors)ᵀ v, which is H v where `gradient` is a gradient."""
 
+    def product(v: Tensor) -> Tensor:
+        return space.pack(zeros_for_none(vector_jacobian([gradient], tensors, [v]), tensors))
 
-def _filled(
-    outputs: Sequence[Tensor], inputs: Sequence[Tensor], vectors: Sequence[Tensor]
-) -> list[Tensor]:
-    return zeros_for_none(vector_jacobian(outputs, inputs, vectors), inputs)
+    return product
 
 
 def vector_jacobian(
@@ -154,17 +162,23 @@ def vector_jacobian(
     inputs: Sequence[Tensor],
     vectors: Sequence[Tensor],
     keep: bool = True,
-) -> list[Tensor | None]:
-    """Return (∂outputs/∂inputs)ᵀ vectors; None for an unused input; `keep` retains the graph."""
+) -> Sequence[Tensor | None]:
+    """Return (∂outputs/∂inputs)ᵀ vectors; None for an unused input; `keep` retains the graph.
+
+    The same as `torch.autograd.grad`, whose checks and hooks in Python take as long as a quarter
+    of a product with the Hessian of a small problem.
+    """
     kept = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
     if not kept:
         return [None] * len(inputs)
-    return list(
-        torch.autograd.grad(
-            [o for o, _ in kept],
-            list(inputs),
-            [v if v.dtype == o.dtype else v.to(o) for o, v in kept],
-            retain_graph=keep,
-            allow_unused=True,
-        )
+    create_graph, allow_unused, accumulate = False, True, False
+    found: Sequence[Tensor | None] = Variable._execution_engine.run_backward(
+        tuple([o for o, _ in kept]),
+        tuple([v if v.dtype == o.dtype else v.to(o) for o, v in kept]),
+        keep,
+        create_graph,
+        tuple(inputs),
+        allow_unused,
+        accumulate,
     )
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hypergrad.attention import math_attention
+from hypergrad.eager import eagerly, is_compiled
 from hypergrad.swap import Swap
+from hypergrad.traced import is_traced
 from hypergrad.tree import Leaves, Tree, zeros_for_none
 from hypergrad.views import TwoViewLoss, two_view_grad
 
@@ -61,19 +64,25 @@ def module_problem(
     changed by a hypergradient; in train mode BatchNorm normalizes by the batch, in eval mode
     by the module's own running statistics.
     Frozen parameters stay constant; tied parameters appear once, under their first name.
+    A module under `torch.compile` runs eagerly in the inner loss: a compiled graph has no second
+    derivative.  To save time, compile the hypergradient instead.
     """
     swap = Swap(module)
+    compiled = is_compiled(module)
 
-    def functional(loss: ModuleLoss) -> Loss:
+    def functional(loss: ModuleLoss, twice: bool) -> Loss:
         def evaluate(params: Tree, hparams: Tree, batch: Any) -> Tensor:
-            buffers = {name: b.detach().clone() for name, b in swap.buffers().items()}
-            with swap.filled({**buffers, **params}):
-                return loss(module, hparams, batch)
+            with eagerly() if twice else nullcontext():
+                return swap.call(params, lambda module: loss(module, hparams, batch))
 
         return evaluate
 
     problem = ModuleProblem(
-        functional(inner_loss), functional(outer_loss), module, inner_loss, outer_loss
+        functional(inner_loss, compiled),
+        functional(outer_loss, False),
+        module,
+        inner_loss,
+        outer_loss,
     )
     return problem, dict(module.named_parameters())
 
@@ -153,12 +162,14 @@ def check_scalar(value: Any, which: str, at: str = "") -> None:
             f"{which} must return a floating scalar tensor, but got shape {tuple(value.shape)} "
             f"and dtype {value.dtype}{at}; reduce it with .mean() or .sum()."
         )
-    if not math.isfinite(value.item()):
+    if not is_traced() and not math.isfinite(value.item()):
         raise FloatingPointError(f"{which} is {value.item()}{at}; expected a finite number.")
 
 
 def check_finite(grads: Sequence[Tensor], names: Sequence[str], what: str) -> None:
     """Raise FloatingPointError naming the first tensor with a NaN or an infinity."""
+    if is_traced():
+        return
     for grad, name in zip(grads, names, strict=True):
         if not bool(torch.isfinite(grad).all()):
             bad = int((~torch.isfinite(grad)).sum())

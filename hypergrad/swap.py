@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 __all__ = ["Swap"]
+
+T = TypeVar("T")
 
 
 class Swap:
@@ -67,3 +70,9 @@ class Swap:
         finally:
             for kind, key, own in reversed(before):
                 kind[key] = own
+
+    def call(self, tensors: Mapping[str, Tensor], function: Callable[[nn.Module], T]) -> T:
+        """Return ``function(module)`` with tensors in their places, and copies of the buffers."""
+        buffers = {name: b.detach().clone() for name, b in self.buffers().items()}
+        with self.filled({**buffers, **tensors}):
+            return function(self.module)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from hypergrad.attention import math_attention
+from hypergrad.compiled.session import Arguments, run
+from hypergrad.compiled.unrolled import unrolled
 from hypergrad.estimator import Estimator, Hypergradient
 from hypergrad.forward import Forward
 from hypergrad.memory import Memory
@@ -78,6 +80,7 @@ class Unrolled(Estimator[UnrolledState]):
     truncation: int | None = None
     memory: Memory = "auto"
     segment: int | None = None
+    compile: Literal["off", "step", "chunk"] = "off"
 
     def __post_init__(self) -> None:
         check_steps("Unrolled", self.steps)
@@ -126,6 +129,9 @@ class Unrolled(Estimator[UnrolledState]):
             RuntimeError: a recomputed step gave another loss.
         """
         with math_attention():
+            if self.compile != "off":
+                arguments = Arguments(problem, params, hparams, inner_batch, outer_batch, state)
+                return run(self, unrolled, arguments)
             return self._run(problem, params, hparams, inner_batch, outer_batch, state)
 
     def _run(

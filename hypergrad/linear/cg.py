@@ -69,9 +69,7 @@ class CG(Iterative):
     ) -> Products[Solution]:
         target = self._goal(size)
         rounding = 4 * torch.finfo(b.dtype).eps
-        precondition = (
-            (lambda r: r) if shared is None else Nystrom.inverse(shared, self.damping)
-        )
+        precondition = (lambda r: r) if shared is None else Nystrom.inverse(shared, self.damping)
         x, r = yield from start(b, x0, self.damping)
         # `best` goes by the recursive residual, `checked` by one computed from b − A x.
         best = checked = x, norm(r)

@@ -53,7 +53,7 @@ class Direct(LinearSolver):
                 f"max_dim={self.max_dim}. Use CG."
             )
         rows = []
-        for part in torch.eye(n).to(like).split(self.chunk):
+        for part in torch.split(torch.eye(n).to(like), self.chunk):
             rows.append((yield part[0])[None] if len(part) == 1 else (yield part))
         a = torch.cat(rows).T
         if not bool(torch.isfinite(a).all()):

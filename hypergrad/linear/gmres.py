@@ -45,9 +45,7 @@ class GMRES(Iterative):
         if self.restart < 1:
             raise ValueError(f"restart must be at least 1, but got {self.restart}.")
 
-    def _solve(
-        self, b: Tensor, x0: Tensor | None, size: float, shared: None
-    ) -> Products[Solution]:
+    def _solve(self, b: Tensor, x0: Tensor | None, size: float, shared: None) -> Products[Solution]:
         target, left = self._goal(size), self.max_iter
         x, r = yield from start(b, x0)
         best = x, norm(r)
@@ -78,11 +76,11 @@ class GMRES(Iterative):
         # The Hessenberg matrix is made triangular, column by column, by the rotations.
         columns: list[list[float]] = []
         rotations: list[tuple[float, float]] = []
-        rhs, largest, status = [length], 0.0, None
+        rhs, largest, exhausted, k = [length], 0.0, False, 0
         for k in range(steps):
             v = yield basis[k]
-            size = finite(norm(v), "‖Av‖")
-            largest = max(largest, size)
+            length = finite(norm(v), "‖Av‖")
+            largest = max(largest, length)
             known = basis[: k + 1]
             first = torch.mv(known, v)
             v = torch.addmv(v, known.T, first, alpha=-1)
@@ -94,10 +92,10 @@ class GMRES(Iterative):
                     c * column[i] + s * column[i + 1],
                     -s * column[i] + c * column[i + 1],
                 )
-            exhausted = rest <= rounding * size
+            exhausted = rest <= rounding * length
             diagonal = math.hypot(column[k], rest)
-            if diagonal <= rounding * (k + 1) * largest:
-                status = Status.BREAKDOWN
+            if diagonal <= rounding * largest:
+                exhausted = True
                 break
             c, s = column[k] / diagonal, rest / diagonal
             column[k] = diagonal
@@ -107,13 +105,13 @@ class GMRES(Iterative):
             if exhausted or abs(rhs[-1]) <= max(target, rounding):
                 break
             basis[k + 1] = v / rest
-        used, size = k + 1, len(columns)
-        if not size:
-            return torch.zeros_like(r), status, used
+        size = len(columns)
         triangle = torch.zeros(size, size, dtype=torch.float64)
         for j, column in enumerate(columns):
             triangle[: j + 1, j] = torch.tensor(column[: j + 1], dtype=torch.float64)
-        y = torch.linalg.solve_triangular(
-            triangle, torch.tensor(rhs[:size], dtype=torch.float64)[:, None], upper=True
-        )
-        return torch.mv(basis[:size].T, y[:, 0].to(r)), status, used
+        # Singular values that are rounding stand for directions in which A is singular.
+        rtol = torch.finfo(r.dtype).eps ** 0.75
+        y = torch.linalg.pinv(triangle, rtol=rtol) @ torch.tensor(rhs[:size], dtype=torch.float64)
+        singular = size < k + 1 or int(torch.linalg.matrix_rank(triangle, rtol=rtol)) < size
+        status = Status.BREAKDOWN if exhausted and singular else None
+        return torch.mv(basis[:size].T, y.to(r)), status, k + 1

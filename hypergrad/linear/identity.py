@@ -34,8 +34,6 @@ class Identity(LinearSolver):
         if not 0 < self.scale < math.inf:
             raise ValueError(f"scale must be positive and finite, but got {self.scale}.")
 
-    def _solve(
-        self, b: Tensor, x0: Tensor | None, size: float, shared: None
-    ) -> Products[Solution]:
+    def _solve(self, b: Tensor, x0: Tensor | None, size: float, shared: None) -> Products[Solution]:
         return Solution(self.scale * b, None, 0, Status.APPROXIMATE)
         yield  # a generator that asks for no product

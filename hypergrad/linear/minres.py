@@ -52,15 +52,14 @@ class MINRES(Iterative):
         if not math.isfinite(self.damping):
             raise ValueError(f"damping must be finite, but got {self.damping}.")
 
-    def _solve(
-        self, b: Tensor, x0: Tensor | None, size: float, shared: None
-    ) -> Products[Solution]:
+    def _solve(self, b: Tensor, x0: Tensor | None, size: float, shared: None) -> Products[Solution]:
         target, left = self._goal(size), self.max_iter
         x, r = yield from start(b, x0, self.damping)
         best = x, norm(r)
         if best[1] <= target:
             return Solution(x, best[1], 0, Status.CONVERGED)
-        while True:
+        status: Status | None = None
+        while status is None:
             step, status, used = yield from self._cycle(r, best[1], target, left)
             left -= used
             x = best[0] + step
@@ -73,14 +72,13 @@ class MINRES(Iterative):
                 status = Status.STALLED
             elif status is Status.CONVERGED:
                 status = Status.MAX_ITER if left < 1 else None
-            if status is not None:
-                return Solution(best[0], best[1], 0, status)
+        return Solution(best[0], best[1], 0, status)
 
     def _cycle(
         self, r: Tensor, length: float, target: float, iterations: int
-    ) -> Products[tuple[Tensor, Status, int]]:
+    ) -> Products[tuple[Tensor, Status | None, int]]:
         """Minimize the residual from x = 0 until its recursive norm meets the target."""
-        rounding = 4 * torch.finfo(r.dtype).eps
+        rounding, tiny = 4 * torch.finfo(r.dtype).eps, torch.finfo(r.dtype).eps ** 0.75
         v, beta = r / length, 0.0
         v_last = w = w_last = x = torch.zeros_like(r)
         av_last = x
@@ -100,7 +98,7 @@ class MINRES(Iterative):
             largest = max(largest, math.hypot(alpha, beta, beta_last))
             gamma = math.hypot(gamma_bar, beta)
             # ‖A r‖ / ‖r‖ of the iterate so far is ‖(gamma_bar, delta_bar)‖.
-            if min(math.hypot(gamma_bar, delta_bar), gamma) <= rounding * k**0.5 * largest:
+            if min(math.hypot(gamma_bar, delta_bar), gamma) <= tiny * largest:
                 return x, Status.BREAKDOWN, k
             cosine, sine = gamma_bar / gamma, beta / gamma
             w_next = torch.add(torch.add(v, w_last, alpha=-epsilon_last), w, alpha=-delta) / gamma

@@ -52,9 +52,7 @@ class Neumann(LinearSolver):
                 f"power_iterations must be at least 1, but got {self.power_iterations}."
             )
 
-    def _solve(
-        self, b: Tensor, x0: Tensor | None, size: float, shared: None
-    ) -> Products[Solution]:
+    def _solve(self, b: Tensor, x0: Tensor | None, size: float, shared: None) -> Products[Solution]:
         step = yield from self._step(b)
         x, r = yield from start(b, x0)
         first = length = norm(r)

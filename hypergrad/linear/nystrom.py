@@ -74,7 +74,7 @@ class Nystrom:
         test = torch.randn(n, rank, generator=generator, dtype=like.dtype).to(like.device)
         test = torch.linalg.qr(test).Q
         rows = []
-        for part in test.T.split(self.chunk):
+        for part in torch.split(test.T, self.chunk):
             rows.append((yield part[0])[None] if len(part) == 1 else (yield part.contiguous()))
         y = torch.cat(rows).T
         if not bool(torch.isfinite(y).all()):

@@ -121,9 +121,7 @@ class LinearSolver(ABC):
         yield  # a generator that asks for no product
 
     @abstractmethod
-    def _solve(
-        self, b: Tensor, x0: Tensor | None, size: float, shared: Any
-    ) -> Products[Solution]:
+    def _solve(self, b: Tensor, x0: Tensor | None, size: float, shared: Any) -> Products[Solution]:
         """Solve with checked arguments and ‖b‖ = 1, so that residuals are relative.
 
         The caller counts the products: `n_matvec` of what is returned is not used.
@@ -166,9 +164,7 @@ class _Scaled:
         return cls(scaled / length, None if x0 is None else x0 / size, size)
 
 
-def _run(
-    iterations: Sequence[Products[T]], matvec: Matvec, vectorize: bool
-) -> list[tuple[T, int]]:
+def _run(iterations: Sequence[Products[T]], matvec: Matvec, vectorize: bool) -> list[tuple[T, int]]:
     """Run computations in step; return what each returned and the products it used."""
     done: dict[int, T] = {}
     used = [0] * len(iterations)
@@ -196,7 +192,7 @@ def _products(asked: list[Tensor], matvec: Matvec, vectorize: bool) -> Sequence[
         found: Tensor = torch.vmap(matvec)(rows)
     else:
         found = torch.stack([matvec(v) for v in rows])
-    parts = found.split([v.numel() // v.shape[-1] for v in asked])
+    parts = torch.split(found, [v.numel() // v.shape[-1] for v in asked])
     return [part.reshape(v.shape) for part, v in zip(parts, asked, strict=True)]
 
 

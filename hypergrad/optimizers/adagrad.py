@@ -79,7 +79,8 @@ class Adagrad(Optimizer):
     @staticmethod
     def _slowing(state: State, values: Values) -> float | Tensor:
         """1 + (t − 1)κ at step t; the state counts the steps before it."""
-        return 1 + state["step"] * values["lr_decay"]
+        taken: int = state["step"]
+        return 1 + taken * values["lr_decay"]
 
     def _moments(
         self, flat: Tensor, grad: Tensor, state: State, values: Values

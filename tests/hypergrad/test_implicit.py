@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import optree
 import pytest
 import torch
 import torchopt
 from torch import Tensor
 
-from hypergrad import CG, Direct, Hypergradient, Identity, Implicit, Neumann, Status
+from hypergrad import (
+    CG,
+    GMRES,
+    MINRES,
+    Direct,
+    Hypergradient,
+    Identity,
+    Implicit,
+    LinearSolver,
+    Neumann,
+    Nystrom,
+    Problem,
+    Status,
+    TwoViewLoss,
+)
 from hypergrad.check import check_hypergradient
 from hypergrad.estimator import Estimator
 from hypergrad.operators import Hessian
@@ -143,8 +160,8 @@ def test_warm_start_saves_products() -> None:
 
 def test_state_of_other_params_is_refused() -> None:
     case = ridge()
-    state = {"adjoint": torch.zeros(3)}
-    with pytest.raises(ValueError, match="3 entries, but params have 6"):
+    state = {"adjoint": torch.zeros(3), "solver": None}
+    with pytest.raises(ValueError, match=r"shape \(3,\), but the outer gradient has \(6,\)"):
         Implicit()(case.problem, case.params, case.hparams, case.inner, case.outer, state)
 
 
@@ -191,3 +208,107 @@ def test_arguments_stay_untouched(name: str) -> None:
     after = [*module.buffers(), *optree.tree_leaves(case.params)]
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
     assert all(t.grad is None for t in optree.tree_leaves((case.params, case.hparams)))
+
+
+class TestJacobian:
+    """Several outer losses at one inner solution."""
+
+    @staticmethod
+    def losses(case: Case) -> list:
+        def third(params: object, hparams: object, batch: object) -> Tensor:
+            return case.problem.outer_loss(params, hparams, batch) ** 2
+
+        return [case.problem.outer_loss, case.problem.inner_loss, third]
+
+    @pytest.mark.parametrize("name", ["ridge", "softmax_ridge"])
+    @pytest.mark.parametrize("vectorize", [True, False])
+    @pytest.mark.parametrize(
+        "solver", [CG(rtol=1e-11), Direct(), MINRES(rtol=1e-11)], ids=lambda s: type(s).__name__
+    )
+    def test_each_row_is_the_hypergradient_of_its_loss(
+        self, name: str, vectorize: bool, solver: LinearSolver
+    ) -> None:
+        case = CASES[name]()
+        losses, estimator = self.losses(case), Implicit(solver)
+        rows, state = estimator.jacobian(
+            case.problem,
+            losses,
+            case.params,
+            case.hparams,
+            case.inner,
+            case.outer,
+            estimator.init(case.problem, case.params, case.hparams),
+            vectorize=vectorize,
+        )
+        for row, loss in zip(rows, losses, strict=True):
+            alone = replace(case, problem=replace(case.problem, outer_loss=loss))
+            exact = estimate(estimator, alone)
+            assert torch.allclose(flat(row.grad), flat(exact.grad), rtol=1e-7, atol=1e-12)
+            assert torch.equal(row.value, exact.value)
+            assert row.residual < 1e-10
+        assert state["adjoint"].shape == (3, flat(case.params).numel())
+
+    def test_warm_start_of_every_row(self) -> None:
+        case, estimator = CASES["ridge"](), Implicit(CG(rtol=1e-8))
+        state = estimator.init(case.problem, case.params, case.hparams)
+        args = (case.problem, self.losses(case), case.params, case.hparams, case.inner, case.outer)
+        _, state = estimator.jacobian(*args, state)
+        rows, _ = estimator.jacobian(*args, state)
+        assert [row.n_hvp for row in rows] == [2, 2, 2]  # the residual, and the cross product
+
+    def test_no_loss(self) -> None:
+        case = ridge()
+        with pytest.raises(ValueError, match="outer_losses must hold at least one"):
+            Implicit().jacobian(
+                case.problem, [], case.params, case.hparams, case.inner, case.outer, Implicit().init
+            )
+
+
+def test_loss_with_stop_gradients_is_no_job_for_cg() -> None:
+    """g(w) = c(w) ⊙ (w − h), c without gradient: its Jacobian diag(c) + (w − h) ∇cᵀ."""
+
+    def two_views(moving: dict, frozen: dict, hparams: dict, batch: object) -> Tensor:
+        weight = 1 + frozen["w"].roll(1).square()
+        return 0.5 * (weight * (moving["w"] - hparams["h"]).square()).sum()
+
+    def outer(params: dict, hparams: dict, batch: object) -> Tensor:
+        return (params["w"] * torch.arange(1.0, 5.0, dtype=torch.float64)).sum()
+
+    problem = Problem(TwoViewLoss(two_views), outer)
+    params = trained({"w": torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)})
+    hparams = trained({"h": torch.tensor([0.3, 1.0, -1.0, 2.0], dtype=torch.float64)})
+    case = Case(problem, params, hparams, None, None)
+    found = estimate(Implicit(CG()), case)
+    assert found.status is Status.NOT_SYMMETRIC
+    assert "use GMRES" in str(found.status)
+    exact, general = estimate(Implicit(Direct()), case), estimate(Implicit(GMRES()), case)
+    assert general.status is Status.CONVERGED
+    assert torch.allclose(general.grad["h"], exact.grad["h"], rtol=1e-5)
+
+
+def test_preconditioner_stays_in_the_state_which_can_be_stored(tmp_path: Path) -> None:
+    case = CASES["mlp"]()
+    estimator = Implicit(CG(rtol=1e-6, damping=0.1, preconditioner=Nystrom(rank=10)))
+    state = estimator.init(case.problem, case.params, case.hparams)
+    args = (case.problem, case.params, case.hparams, case.inner, case.outer)
+    first, state = estimator(*args, state)
+    torch.save(state, tmp_path / "state.pt")
+    stored = torch.load(tmp_path / "state.pt", weights_only=True)
+    second, _ = estimator(*args, {**stored, "adjoint": None})
+    assert second.n_hvp == first.n_hvp - 10
+    assert torch.equal(flat(first.grad), flat(second.grad))
+
+
+def test_hyperparameter_outside_of_the_curvature_has_its_direct_term_only() -> None:
+    """h enters f without w: no cross product, but ∂F/∂h."""
+
+    def inner(params: dict, hparams: dict, batch: object) -> Tensor:
+        return (params["w"] - 1).square().sum() + hparams["h"].square().sum()
+
+    def outer(params: dict, hparams: dict, batch: object) -> Tensor:
+        return params["w"].square().sum() + 3 * hparams["h"].sum()
+
+    params = trained({"w": torch.ones(2, dtype=torch.float64)})
+    hparams = trained({"h": torch.ones(2, dtype=torch.float64)})
+    found = estimate(Implicit(), Case(Problem(inner, outer), params, hparams, None, None))
+    assert found.grad["h"].tolist() == [3.0, 3.0]

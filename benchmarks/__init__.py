@@ -1,0 +1,1 @@
+"""Measurements: ratios to a named yardstick, with their conditions."""

@@ -1,0 +1,4 @@
+"""Cost, memory and error of a hypergradient: this library, its peers, plain training.
+
+python -m benchmarks.hypergrad
+"""

@@ -1,0 +1,183 @@
+"""Cost, memory and error of hypergradients, of this library and of its peers.
+
+python -m benchmarks.hypergrad --setup      # once: environments of the peers
+python -m benchmarks.hypergrad              # all problems; writes benchmarks/results/hypergrad.md
+python -m benchmarks.hypergrad --quick      # eager methods of what is installed, few repeats
+python -m benchmarks.hypergrad --problems P3,P2-sgd --peers none
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.hypergrad import problems, scaling
+from benchmarks.hypergrad.environments import PEERS, ROOT, Environment, environment, set_up
+from benchmarks.hypergrad.reference import reference
+from benchmarks.hypergrad.table import Conditions, Line, problem_table, render
+from benchmarks.hypergrad.worker import Job, Row, load
+
+TIMEOUT = 900
+
+
+def main(arguments: list[str]) -> None:
+    options = _parser().parse_args(arguments)
+    torch.set_num_threads(1)
+    cache: Path = options.cache.expanduser()
+    if options.setup is not None:
+        for name in _names(options.setup, PEERS, "--setup"):
+            set_up(load(name), cache)
+        return
+    names = _names(options.problems, [*problems.NAMES, "scaling"], "--problems")
+    peers = [] if options.peers == "none" else _names(options.peers, PEERS, "--peers")
+    repeats = options.repeats or (3 if options.quick else 7)
+    sources = {"hypertorch": options.hypertorch} if options.hypertorch else {}
+    found = {name: environment(name, cache, sources) for name in ["ours", *peers]}
+    if options.quick:
+        found = {k: e for k, e in found.items() if e.python in ("", sys.executable)}
+    absent = [f"{load(k).title}: {e.missing}" for k, e in found.items() if e.missing]
+    ready = {k: e for k, e in found.items() if not e.missing}
+
+    tables, loads = [], [os.getloadavg()[0]]
+    for name in names:
+        started = time.perf_counter()
+        if name == "scaling":
+            tables.append(_measured_scaling(ready["ours"], min(repeats, 5)))
+        else:
+            tables.append(_measured(name, ready, options, repeats, cache))
+        loads.append(os.getloadavg()[0])
+        print(f"\n{tables[-1]}\n\n[{time.perf_counter() - started:.0f} s]", flush=True)
+    command = " ".join(["python -m benchmarks.hypergrad", *_shown(arguments)])
+    conditions = Conditions(command, repeats, (min(loads), max(loads)))
+    page = render(conditions, tables, absent)
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(page)
+    print("\n".join(f"Not measured: {reason}" for reason in absent))
+
+
+def _measured(
+    name: str,
+    ready: dict[str, Environment],
+    options: argparse.Namespace,
+    repeats: int,
+    cache: Path,
+) -> str:
+    known = reference(name, options.steps, cache)
+    lines = []
+    for library, where in ready.items():
+        job = Job(
+            library=library,
+            problem=name,
+            repeats=repeats,
+            steps=options.steps,
+            compiled=not (options.quick or options.eager),
+            memory=not options.quick,
+            cache=str(cache),
+        )
+        title = "**ours**" if library == "ours" else load(library).title
+        lines += [Line(title, row) for row in _run(job, where)]
+    title = problems.make(name, torch.float32, options.steps, known["params"]).title
+    return problem_table(f"{name}: {title}", lines, known.get("check"))
+
+
+def _run(job: Job, where: Environment) -> list[Row]:
+    """Run a worker; what goes wrong in it is a row too."""
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        worker = [where.python, "-m", "benchmarks.hypergrad.worker", json.dumps(asdict(job))]
+        # A compile cache of its own: the first call of a compiled method shall be a cold one.
+        variables = {**where.variables(), "TORCHINDUCTOR_CACHE_DIR": folder}
+        try:
+            done = subprocess.run(
+                [*worker, answer],
+                env=variables,
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+                timeout=TIMEOUT,
+            )
+        except subprocess.TimeoutExpired:
+            return [Row("all", failure=f"took more than {TIMEOUT} s")]
+        sys.stderr.write(done.stderr)
+        if not answer.exists():
+            last = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
+            return [Row("all", failure=last[0])]
+        return [Row(**row) for row in json.loads(answer.read_text())]
+
+
+def _measured_scaling(where: Environment, repeats: int) -> str:
+    done = subprocess.run(
+        [where.python, "-m", "benchmarks.hypergrad.scaling", str(repeats)],
+        env=where.variables(),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return scaling.table(json.loads(done.stdout))
+
+
+def _names(text: str, known: list[str], option: str) -> list[str]:
+    """Split a list of names.
+
+    Raises:
+        SystemExit: an unknown name.
+    """
+    if text == "all":
+        return known
+    names = text.split(",")
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        raise SystemExit(f"{option}: {unknown[0]!r} is not one of {', '.join(known)}.")
+    return names
+
+
+def _shown(arguments: list[str]) -> list[str]:
+    """Return the options that make a difference to others: no paths."""
+    kept, skip = [], False
+    for argument in arguments:
+        if not skip and argument in ("--cache", "--output", "--hypertorch"):
+            skip = True
+            if argument == "--hypertorch":
+                kept += [argument, "PATH"]
+        elif skip:
+            skip = False
+        else:
+            kept.append(argument)
+    return kept
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.hypergrad",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--problems", default="all", help=f"{', '.join(problems.NAMES)}, scaling")
+    add("--peers", default="all", help=f"none, or some of {', '.join(PEERS)}")
+    add("--repeats", type=int, help="timed repeats (7; with --quick 3)")
+    add("--steps", type=int, help="replaces the number of optimizer or CG steps")
+    add("--quick", action="store_true", help="no compiling, memory or environments of peers")
+    add("--eager", action="store_true", help="leave out methods that compile")
+    add("--setup", nargs="?", const="all", help="create the environments of the peers, or of some")
+    add("--hypertorch", type=Path, help="a clone of prolearner/hypertorch (not on PyPI)")
+    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "bilevel-benchmarks")
+    add("--cache", type=Path, default=default, help="references and environments")
+    output = ROOT / "benchmarks" / "results" / "hypergrad.md"
+    add("--output", type=Path, default=output, help="where the page goes")
+    return parser
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

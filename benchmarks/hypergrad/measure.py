@@ -1,0 +1,80 @@
+"""CPU time with the yardstick interleaved, and extra peak memory in forked processes."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["cpu_time", "forked", "interleaved", "peak_growth"]
+
+
+def cpu_time(run: Callable[[], object]) -> float:
+    """Seconds of user and system time of this process, all threads."""
+    gc.collect()
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int, warm_ups: int = 1
+) -> dict[str, list[float]]:
+    """Return the CPU times of each run, one after the other in each repeat."""
+    for _ in range(warm_ups):
+        for run in runs.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(cpu_time(run))
+    return times
+
+
+def forked(measure: Callable[[], Any]) -> Any:
+    """Return what a function measures in a fork of this process: its memory counts from here.
+
+    Raises:
+        RuntimeError: the function raised, or the process died.
+    """
+    # Freed pages that the allocator keeps would hide what the function needs.
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read)
+        try:
+            answer = {"value": measure()}
+        except BaseException:
+            answer = {"error": traceback.format_exc()}
+        with os.fdopen(write, "w") as pipe:
+            json.dump(answer, pipe)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        text = pipe.read()
+    _, status = os.waitpid(child, 0)
+    answer = json.loads(text) if text else {"error": f"the process ended with status {status}"}
+    if "error" in answer:
+        raise RuntimeError(answer["error"])
+    return answer["value"]
+
+
+def peak_growth(plain: Callable[[], object], run: Callable[[], object]) -> tuple[float, float]:
+    """Return by how many MB `run` raises the peak memory of this process over plain training's.
+
+    To be called in a fresh process; returns the wall time of the run too, in seconds.
+    """
+    plain()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, seconds

@@ -1,0 +1,27 @@
+"""A copy of a module over other tensors, which are functions of something."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+__all__ = ["view"]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def view(module: ModuleT, tensors: Mapping[str, Tensor]) -> ModuleT:
+    """Return a copy of a module in which `tensors` are the parameters, graph and all.
+
+    Everything refers to the new tensors: tied parameters, parametrizations, the weight lists of
+    recurrent layers, bound hooks.  Buffers are copies; parameters that are not given are shared.
+    """
+    memo: dict[int, Any] = {id(p): tensors.get(k, p) for k, p in module.named_parameters()}
+    for part in module.modules():
+        # What a forward pass left as an attribute (a pruned weight) is no leaf and not copied.
+        kept = [v for v in vars(part).values() if isinstance(v, Tensor) and not v.is_leaf]
+        memo.update({id(v): v for v in kept})
+    return copy.deepcopy(module, memo)
