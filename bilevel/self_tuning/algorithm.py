@@ -235,7 +235,7 @@ class SelfTuning(OuterAlgorithm[SelfTuningState]):
         seed: int,
     ) -> tuple[float, dict[str, Tensor], Cost]:
         """Return L_V - τH, its derivatives in λ and s, and the cost of the whole step."""
-        z, s = (state[key].detach().requires_grad_() for key in ("z", "s"))  # type: ignore[literal-required]
+        z, s = (t.detach().requires_grad_() for t in (state["z"], state["s"]))
         batch = inner.outer_batch()
         sigma = softplus(s)
         coordinates = z

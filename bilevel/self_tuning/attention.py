@@ -33,7 +33,7 @@ class ResponseAttention(Response, nn.MultiheadAttention):
         self._qkv_same_embed_dim = True
         super().detach()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -46,7 +46,7 @@ class ResponseAttention(Response, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """See `torch.nn.MultiheadAttention`; batched inputs, (rows, length, E)."""
         q, k, v = (
-            self._project(x, i).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            torch.unflatten(self._project(x, i), -1, (self.num_heads, -1)).transpose(1, 2)
             for i, x in enumerate((query, key, value))
         )
         mask = self._mask(key_padding_mask, attn_mask, q)
@@ -76,10 +76,9 @@ class ResponseAttention(Response, nn.MultiheadAttention):
         what = "MultiheadAttention"
         moved = F.linear(p.seen(x), response[rows])
         total = broadcast(factor[..., rows], y, -1, what) * moved
-        offset = None if bias is None else self.factor("in_proj_bias")
+        offset = None if bias is None else self.moved("in_proj_bias")
         if offset is not None:
-            shift = (offset * self.pair("in_proj_bias")[1])[..., rows]
-            total = total + broadcast(shift, y, -1, what)
+            total = total + broadcast(offset[..., rows], y, -1, what)
         return p.add(y, total)
 
     def _mask(

@@ -91,33 +91,31 @@ def jacobian_check(
         inner.set_hparams(inner.space.constrain(model.layout.split(point)))
         Steps(steps).train(inner)
         loss = inner.problem.outer_loss(inner.params, inner.hparams, inner.outer_batch())
-        return flat(inner.params), float(loss)
+        return flat(inner.params), float(loss.detach())
 
     def predicted(point: torch.Tensor) -> tuple[torch.Tensor, float]:
         inner.load_state_dict(copy(saved))
         shift = point - z if algorithm.mode == "delta" else point
         at = model.effective(general, response, shift)
         loss = inner.problem.outer_loss(at, inner.hparams, inner.outer_batch())
-        return flat(at), float(loss)
+        return flat(at), float(loss.detach())
 
     checks = {}
-    with torch.no_grad():
-        for name, columns in model.layout.columns.items():
-            for i in range(columns.start, columns.stop):
-                step = torch.zeros_like(z)
-                step[i] = delta
-                ends = []
-                for f in (predicted, retrained):
-                    with torch.enable_grad():
-                        up, down = f(z + step), f(z - step)
-                    ends.append(((up[0] - down[0]) / (2 * delta), (up[1] - down[1]) / (2 * delta)))
-                (ours, slope), (truth, true_slope) = ends
-                single = columns.stop - columns.start == 1
-                checks[name if single else f"{name}[{i - columns.start}]"] = ResponseCheck(
-                    cosine=float(torch.cosine_similarity(ours, truth, dim=0)),
-                    ratio=float(ours.norm() / truth.norm()),
-                    slope=slope,
-                    retrained_slope=true_slope,
-                )
+    for name, columns in model.layout.columns.items():
+        for i in range(columns.start, columns.stop):
+            step = torch.zeros_like(z)
+            step[i] = delta
+            ends = []
+            for f in (predicted, retrained):
+                up, down = f(z + step), f(z - step)
+                ends.append(((up[0] - down[0]) / (2 * delta), (up[1] - down[1]) / (2 * delta)))
+            (ours, slope), (truth, true_slope) = ends
+            single = columns.stop - columns.start == 1
+            checks[name if single else f"{name}[{i - columns.start}]"] = ResponseCheck(
+                cosine=float(torch.cosine_similarity(ours, truth, dim=0)),
+                ratio=float(ours.norm() / truth.norm()),
+                slope=slope,
+                retrained_slope=true_slope,
+            )
     inner.load_state_dict(saved)
     return checks

@@ -76,12 +76,8 @@ class Converted:
         """
         clone = copy.deepcopy(self.module)
         for module in clone.modules():
-            if isinstance(module, Response):
+            if isinstance(module, Response | TunedDropout):
                 module.detach()
-            elif isinstance(module, TunedDropout):
-                kind = module.plain_type
-                del module.perturbation, module.key, module.shared, module.plain_type
-                module.__class__ = kind
         return clone
 
 
@@ -124,6 +120,11 @@ def convert(
         kind = KINDS.get(type(layer))
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
         if kind is None or not own or path in plain:
+            if own and isinstance(layer, nn.RNNBase):
+                raise ValueError(
+                    f"{path}: a trained {type(layer).__name__} that does not respond is not "
+                    "supported, because it keeps references to its own weights."
+                )
             continue
         _check_layer(path, layer)
         before = type(layer)
@@ -222,7 +223,7 @@ def _tune_dropout(
     dims, kind = SHARED[type(layer)], type(layer)
     layer.__class__ = TunedDropout
     assert isinstance(layer, TunedDropout)
-    layer.perturbation, layer.key, layer.shared, layer.plain_type = shared, key, dims, kind
+    layer.attach(shared, key, dims, kind)
 
 
 def _ties(layers: Mapping[str, Response]) -> tuple[tuple[str, ...], ...]:

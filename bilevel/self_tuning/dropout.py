@@ -26,6 +26,22 @@ class TunedDropout(nn.Dropout):
     shared: tuple[int, ...]
     plain_type: type[nn.Module]
 
+    def attach(
+        self,
+        perturbation: Perturbation,
+        key: tuple[str, int | None],
+        shared: tuple[int, ...],
+        plain_type: type[nn.Module],
+    ) -> None:
+        """Read the rate from now on; see the attributes."""
+        self.perturbation, self.key = perturbation, key
+        self.shared, self.plain_type = shared, plain_type
+
+    def detach(self) -> None:
+        """Be the plain layer again."""
+        self.__class__ = self.plain_type  # type: ignore[assignment]
+        del self.perturbation, self.key, self.shared, self.plain_type
+
     def forward(self, input: Tensor) -> Tensor:
         """Drop entries in training; the first dimension holds the examples."""
         if not self.training:

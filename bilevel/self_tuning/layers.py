@@ -135,6 +135,11 @@ class Response(nn.Module):
         shift, gate = self.perturbation.shift, self._parameters.get(f"gate_{name}")
         return None if shift is None or gate is None else F.linear(shift, gate)
 
+    def moved(self, name: str) -> Tensor | None:
+        """Return (G s) ⊙ R of a bias, shape (d,) or (rows, d); None as `factor`."""
+        factor, response = self.factor(name), self._parameters.get(f"response_{name}")
+        return None if factor is None or response is None else factor * response
+
     def masked(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return a parameter and its response, both under one DropConnect mask in training."""
         weight, response, _ = self.pair(name)
@@ -184,9 +189,9 @@ def affine(
     what = type(layer).__name__
     if factor is not None and response is not None:
         total = broadcast(factor, y, dim, what) * apply(p.seen(x), response, None)
-    offset = None if bias is None else layer.factor(bias)
-    if offset is not None and bias is not None:
-        moved = broadcast(offset * layer.pair(bias)[1], y, dim, what)
+    offset = None if bias is None else layer.moved(bias)
+    if offset is not None:
+        moved = broadcast(offset, y, dim, what)
         total = moved if total is None else total + moved
     return y if total is None else p.add(y, total)
 
@@ -204,7 +209,7 @@ class _ResponseConv(Response):
     def forward(self, input: Tensor) -> Tensor:
         """See the plain layer; batched inputs only."""
         bias = None if self._parameters["bias"] is None else "bias"
-        return affine(self, input, self._conv_forward, "weight", bias, dim=1)  # type: ignore[operator]
+        return affine(self, input, self._conv_forward, "weight", bias, dim=1)
 
 
 class ResponseConv1d(_ResponseConv, nn.Conv1d):

@@ -106,7 +106,7 @@ class Layout:
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return the parts of a vector by name, in the shapes of coordinates."""
-        pieces = vector.split(self.sizes)
+        pieces = torch.split(vector, self.sizes)
         return {
             name: piece.reshape(coordinate_shape(domain))
             for (name, domain), piece in zip(self.domains.items(), pieces, strict=True)
@@ -154,7 +154,7 @@ class Layout:
             (n,) and for `per_batch` names.
         """
         found: dict[str, Any] = {}
-        pieces = coordinates.split(self.sizes, dim=-1)
+        pieces = torch.split(coordinates, self.sizes, dim=-1)
         for (name, domain), piece in zip(self.domains.items(), pieces, strict=True):
             point = piece[0] if piece.dim() == 2 and name in self.per_batch else piece
             z = point.reshape((*point.shape[:-1], *coordinate_shape(domain)))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from bilevel.checks import did_you_mean
 from bilevel.self_tuning.layout import Layout
 from bilevel.space import Space
 
@@ -26,15 +27,20 @@ class HyperSource:
 
     Args:
         space: the hyperparameters.
-        per_batch: as given to `ModuleInner`.  A worker draws for one example at a time, so what
-            the data side augments by is per example.
+        names: those that the augmentation reads; it sees no others.
+        per_batch: as given to `ModuleInner`; `SelfTuning` perturbs these, workers do not.
         integers: as given to `ModuleInner`.
         hparams: as given to `ModuleInner`.
+
+    Raises:
+        ValueError: `names` are not owned by the gradient, or some are in `per_batch`: a worker
+            draws for one example at a time.
     """
 
     def __init__(
         self,
         space: Space,
+        names: Collection[str],
         *,
         per_batch: Collection[str] = (),
         integers: Collection[str] = (),
@@ -43,8 +49,17 @@ class HyperSource:
         values = space.validate(hparams or {}, dtype=torch.float32)
         owned = [name for name in space.grad if name in values]
         self.layout = Layout.of(space, owned, per_batch, integers)
-        self.center = self.layout.coordinates(values).float().share_memory_()
-        self.sigma = torch.zeros_like(self.center).share_memory_()
+        for name in names:
+            if name not in owned or name in per_batch:
+                raise ValueError(
+                    f"names: {name!r} must be owned by the gradient and not in per_batch; "
+                    f"{did_you_mean(name, [n for n in owned if n not in per_batch])}"
+                )
+        self.names = tuple(names)
+        self.center = self.layout.coordinates(values).float()
+        self.sigma = torch.zeros_like(self.center)
+        for shared in (self.center, self.sigma):
+            shared.share_memory_()  # type: ignore[no-untyped-call]
 
     def update(self, center: Tensor, sigma: Tensor) -> None:
         """Set λ and σ for all examples that are drawn from now on."""
@@ -52,7 +67,7 @@ class HyperSource:
         self.sigma.copy_(sigma.detach())
 
     def draw(self, perturbed: bool) -> tuple[Tensor, dict[str, Any]]:
-        """Return λ' of one example, shape (n,), and its constrained values by name.
+        """Return λ' of one example, shape (n,), and its constrained values of `names`.
 
         Uses torch's default generator, which a loader seeds differently in each worker.
         """
@@ -62,7 +77,8 @@ class HyperSource:
             for name in self.layout.per_batch:
                 noise[self.layout.columns[name]] = 0
             point += self.sigma * noise
-        return point, self.layout.values(point)
+        values = self.layout.values(point)
+        return point, {name: values[name] for name in self.names}
 
 
 class AugmentedDataset(Dataset[dict[str, Any]]):

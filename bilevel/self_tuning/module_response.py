@@ -27,6 +27,7 @@ class ModuleResponse(ResponseModel):
     def __init__(self, inner: ModuleInner, source: HyperSource | None) -> None:
         self._inner, self._source = inner, source
         self.layout = inner.layout
+        self.elsewhere = () if source is None else source.names
 
     def initial(self, mode: Mode, generator: torch.Generator) -> Tensors:
         """See `ResponseModel.initial`.
@@ -80,7 +81,7 @@ class ModuleResponse(ResponseModel):
             coordinates = coordinates.expand(rows_of(data), -1)
         values = self.layout.values(coordinates)
         tensors = params if response is None else {**params, **response}
-        return self._inner.training_loss(
+        return self._inner.objective.training_loss(
             tensors, values, data, seed, shift=shift, linearized=linearized
         )
 
@@ -89,7 +90,7 @@ class ModuleResponse(ResponseModel):
     ) -> Tensor:
         """See `ResponseModel.outer_loss`."""
         data, seed = batch
-        return self._inner.outer({**params, **response}, data, seed, shift)
+        return self._inner.objective.outer_loss({**params, **response}, data, seed, shift)
 
     def effective(self, params: Tree, response: Tensors, shift: Tensor) -> Tree:
         """See `ResponseModel.effective`."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
-import optree
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from bilevel.checkpoint import copy
 from bilevel.checks import integer
@@ -20,14 +18,22 @@ from bilevel.self_tuning.data import Data, Split, Stream, rows_of
 from bilevel.self_tuning.layout import Layout
 from bilevel.self_tuning.loader import HyperSource
 from bilevel.self_tuning.module_response import ModuleResponse
+from bilevel.self_tuning.objective import (
+    Functions,
+    Loss,
+    Measure,
+    Objective,
+    OuterLoss,
+    Penalty,
+    Predict,
+    forward,
+)
 from bilevel.self_tuning.response import ResponseModel
 from bilevel.space import Space
-from hypergrad import SGD, Problem, seeded
-from hypergrad.attention import math_attention
+from hypergrad import SGD, Problem
 from hypergrad.optimizers import Optimizer, State
 from hypergrad.optimizers.flat import flatten, unflatten
 from hypergrad.optimizers.values import constants
-from hypergrad.swap import Swap
 from hypergrad.training import is_finite
 from hypergrad.tree import same_structure, trainable_leaves, zeros_for_none
 
@@ -35,12 +41,6 @@ __all__ = ["ModuleInner"]
 
 EVALUATION_ROWS = 1024
 """Most rows in one forward pass of an evaluation."""
-
-Values = Mapping[str, Any]
-
-
-def _predict(module: nn.Module, values: Values, batch: Any) -> Any:
-    return module(batch["x"])
 
 
 class ModuleInner:
@@ -97,14 +97,14 @@ class ModuleInner:
         module: nn.Module,
         space: Space,
         *,
-        loss: Callable[[Any, Values, Any], Tensor],
-        outer_loss: Callable[[Any, Any], Tensor],
+        loss: Loss,
+        outer_loss: OuterLoss,
         train: Data,
         val: Split,
         test: Split,
-        predict: Callable[[nn.Module, Values, Any], Any] = _predict,
-        penalty: Callable[[nn.Module, Values], Tensor] | None = None,
-        metrics: Callable[[Any, Any], Mapping[str, Tensor]] | None = None,
+        predict: Predict = forward,
+        penalty: Penalty | None = None,
+        metrics: Measure | None = None,
         optimizer: Optimizer | None = None,
         hparams: Mapping[str, Any] | None = None,
         batch_size: int = 64,
@@ -120,10 +120,6 @@ class ModuleInner:
     ) -> None:
         self._seed = integer("seed", seed, minimum=0)
         self._space = space
-        self._functions = {
-            "predict": predict, "loss": loss, "penalty": penalty, "outer_loss": outer_loss,
-            "metrics": metrics,
-        }  # fmt: skip
         first = next(module.parameters(), None)
         if first is None:
             raise ValueError(f"{type(module).__name__} has no parameters.")
@@ -132,17 +128,23 @@ class ModuleInner:
         owned = [name for name in space.grad if name in values]
         self.layout = Layout.of(space, owned, per_batch, integers)
         self._hparams = {name: values[name] for name in owned}
-        self._constants = {n: v for n, v in values.items() if n not in self._hparams}
+        constant = {n: v for n, v in values.items() if n not in self._hparams}
         self.converted: Converted = convert(
             module, self.layout, plain=plain, dropout=dropout, dropconnect=dropconnect
         )
         net = self.converted.module
-        self._swap = Swap(net)
+        self.objective = Objective(
+            Functions(predict, loss, outer_loss, penalty, metrics),
+            self.converted,
+            self.layout,
+            constant,
+            first.device,
+        )
         self._trained = {n: p for n, p in sorted(net.named_parameters()) if p.requires_grad}
         if not self._trained:
             raise ValueError(f"{type(module).__name__}: no parameter requires grad.")
         self._leaves = trainable_leaves(dict(self._trained))
-        self._flat = flatten(self._leaves.tensors)
+        self._flat = flatten(self._leaves.tensors).detach()
         self._optimizer = SGD(lr=0.01, momentum=0.9) if optimizer is None else optimizer
         self._optimizer_state: State = self._optimizer.init(self._flat)
         self._source = source
@@ -155,7 +157,6 @@ class ModuleInner:
             self._streams["perturbed"] = Stream("perturbed", perturbed, batch_size, self._seed)
         self._drawn = dict.fromkeys(self._streams, 0)
         self._last: list[Any] = []
-        self._device = first.device
         _warn_of_same_data(train, val)
         self.set_hparams({})
 
@@ -225,8 +226,8 @@ class ModuleInner:
         ((batch, seed),) = self.inner_batches(1)
         views = [view.requires_grad_() for view in unflatten(self._flat, self._leaves.tensors)]
         params = dict(zip(self._trained, views, strict=True))
-        loss = self.training_loss(params, self._expanded(self._hparams, batch), batch, seed,
-                                  live=True)  # fmt: skip
+        expanded = self.objective.expanded(self._hparams, batch)
+        loss = self.objective.training_loss(params, expanded, batch, seed, live=True)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise FloatingPointError(f"the training loss is {value}")
@@ -247,11 +248,11 @@ class ModuleInner:
         flat = flatten([params[name].detach() for name in self._trained])
         self._optimizer.check_state(optimizer_state, flat)
         self._flat, self._optimizer_state = flat, dict(optimizer_state)
-        if steps and self._swap.buffers():
+        if steps and self.objective.buffers():
             with torch.no_grad():
                 for batch, seed in self._last[-steps:]:
-                    values = self._expanded(self._hparams, batch)
-                    self.training_loss(self.params, values, batch, seed, live=True)
+                    values = self.objective.expanded(self._hparams, batch)
+                    self.objective.training_loss(self.params, values, batch, seed, live=True)
 
     def evaluate(self, split: str) -> Metrics:
         """See `Inner.evaluate`: means over all rows of a split.
@@ -265,11 +266,7 @@ class ModuleInner:
         count = 0
         for batch in self._streams[split].whole(EVALUATION_ROWS):
             rows = rows_of(batch)
-            with torch.no_grad():
-                outputs = self.outputs(self.params, self._constants, batch, 0, training=False)
-                found = {"loss": self._functions["outer_loss"](outputs, batch)}
-                if self._functions["metrics"] is not None:
-                    found |= self._functions["metrics"](outputs, batch)
+            found = self.objective.measure(self.params, batch)
             for name, each in found.items():
                 totals[name] = totals.get(name, 0.0) + rows * float(each.double().mean())
             count += rows
@@ -281,7 +278,7 @@ class ModuleInner:
             "params": self._flat,
             "optimizer": self._optimizer_state,
             "hparams": dict(self._hparams),
-            "buffers": {n: b.detach() for n, b in self._swap.buffers().items()},
+            "buffers": {n: b.detach().clone() for n, b in self.objective.buffers().items()},
             "drawn": dict(self._drawn),
         }
 
@@ -292,7 +289,7 @@ class ModuleInner:
         self.set_hparams(saved["hparams"])
         self._drawn = dict(saved["drawn"])
         with torch.no_grad():
-            for name, buffer in self._swap.buffers().items():
+            for name, buffer in self.objective.buffers().items():
                 buffer.copy_(saved["buffers"][name])
 
     def export(self) -> nn.Module:
@@ -314,13 +311,6 @@ class ModuleInner:
         """See `Responsive`."""
         return ModuleResponse(self, self._source)
 
-    # The losses.
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Active hyperparameters that the gradient does not own."""
-        return self._constants
-
     @property
     def streams(self) -> Collection[str]:
         """Names of the streams that there are."""
@@ -330,110 +320,14 @@ class ModuleInner:
         """Return views of a flat vector by name."""
         return dict(zip(self._trained, unflatten(flat, self._leaves.tensors), strict=True))
 
-    def training_loss(
-        self,
-        params: Mapping[str, Tensor],
-        values: Values,
-        batch: Any,
-        seed: int,
-        *,
-        shift: Tensor | None = None,
-        linearized: bool = False,
-        live: bool = False,
-    ) -> Tensor:
-        """Return L_T; see `ResponseModel.training_loss`.
-
-        Args:
-            params: trained tensors by name, and responses where there is a shift.
-            values: hyperparameters example by example.
-            batch: the batch.
-            seed: of the random draws.
-            shift: of λ; None for no response.
-            linearized: at the first-order outputs.
-            live: whether BatchNorm statistics move.
-        """
-        values = {**self._constants, **values}
-        outputs = self.outputs(params, values, batch, seed, shift=shift, linearized=linearized,
-                               training=True, live=live)  # fmt: skip
-        loss: Tensor = self._functions["loss"](outputs, values, batch).mean()
-        penalty = self._functions["penalty"]
-        if penalty is None:
-            return loss
-        with self._swap.filled(params), self.converted.perturbation.active(shift, values):
-            extra: Tensor = penalty(self.converted.module, values)
-        return loss + extra.mean()
-
-    def outer(
-        self,
-        params: Mapping[str, Tensor],
-        batch: Any,
-        seed: int,
-        shift: Tensor | None = None,
-    ) -> Tensor:
-        """Return L_V, in evaluation mode."""
-        outputs = self.outputs(params, self._constants, batch, seed, shift=shift, training=False)
-        loss: Tensor = self._functions["outer_loss"](outputs, batch).mean()
-        return loss
-
-    def outputs(
-        self,
-        params: Mapping[str, Tensor],
-        values: Values,
-        batch: Any,
-        seed: int,
-        *,
-        training: bool,
-        shift: Tensor | None = None,
-        linearized: bool = False,
-        live: bool = False,
-    ) -> Any:
-        """Return what `predict` returns, at given weights; when linearized, to first order."""
-        net, predict = self.converted.module, self._functions["predict"]
-        if net.training is not training:
-            net.train(training)
-        tensors = dict(params)
-        if not live:
-            tensors |= {n: b.detach().clone() for n, b in self._swap.buffers().items()}
-        with (
-            seeded(seed, [self._device]),
-            self._swap.filled(tensors),
-            self.converted.perturbation.active(shift, values, linearized),
-        ):
-            if not linearized:
-                return predict(net, values, batch)
-            with forward_ad.dual_level(), math_attention():
-                try:
-                    dual = predict(net, values, batch)
-                except NotImplementedError as error:
-                    raise NotImplementedError(
-                        f"the linearized response needs forward-mode derivatives: {error}  Use "
-                        "SelfTuning(linearize=False)."
-                    ) from error
-                return optree.tree_map(_first_order, dual)
-
-    def _expanded(self, hparams: Mapping[str, Tensor], batch: Any) -> dict[str, Any]:
-        """Return values in the shapes that the losses see: equal for all examples."""
-        rows = rows_of(batch)
-        found = {}
-        for name, value in hparams.items():
-            rounded = self.layout.round(name, value)
-            shared = name in self.layout.per_batch
-            found[name] = rounded if shared else rounded.expand(rows, *rounded.shape)
-        return found
-
     def _inner_loss(self, params: Any, hparams: Any, batch: Any) -> Tensor:
         data, seed = batch
-        return self.training_loss(params, self._expanded(hparams, data), data, seed)
+        values = self.objective.expanded(hparams, data)
+        return self.objective.training_loss(params, values, data, seed)
 
     def _outer_loss(self, params: Any, hparams: Any, batch: Any) -> Tensor:
         data, seed = batch
-        return self.outer(params, data, seed)
-
-
-def _first_order(output: Tensor) -> Tensor:
-    """Return ŷ + J Θ s, a constant distance from ŷ in the graph; see `Perturbation.add`."""
-    value, tangent = forward_ad.unpack_dual(output)
-    return value if tangent is None else value + tangent.detach()
+        return self.objective.outer_loss(params, data, seed)
 
 
 def _warn_of_same_data(train: Data, val: Data) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["Perturbation", "broadcast", "dropout_mask", "primal"]
+__all__ = ["Perturbation", "broadcast", "dropout_mask", "pack", "unpack"]
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Perturbation:
 
         In J(w₀)·Θε the response of one layer does not act on that of an earlier one.
         """
-        return primal(x).detach() if self.linearized else x
+        return unpack(x)[0].detach() if self.linearized else x
 
     def through(
         self,
@@ -61,13 +61,13 @@ class Perturbation:
         """
         if not self.linearized:
             return apply(x)
-        value, tangent = forward_ad.unpack_dual(x)
+        value, tangent = unpack(x)
         y = apply(value)
         if tangent is None:
             return y
         with torch.no_grad():
             moved = (derivative or apply)(tangent.detach())
-        return forward_ad.make_dual(y, moved)
+        return pack(y, moved)
 
     def add(self, y: Tensor, response: Tensor) -> Tensor:
         """Return y + response; when linearized, y with the response added to its tangent.
@@ -79,15 +79,21 @@ class Perturbation:
         """
         if not self.linearized:
             return y + response
-        value, tangent = forward_ad.unpack_dual(y)
+        value, tangent = unpack(y)
         still = response.detach()
         moved = still if tangent is None else tangent.detach() + still
-        return forward_ad.make_dual(value + (response - still), moved.expand_as(value))
+        return pack(value + (response - still), moved.expand_as(value))
 
 
-def primal(x: Tensor) -> Tensor:
-    """Return the value of a tensor that may carry a tangent."""
-    return forward_ad.unpack_dual(x).primal
+def unpack(x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the value of a tensor and the tangent that it carries, None for none."""
+    value, tangent = forward_ad.unpack_dual(x)  # type: ignore[no-untyped-call]
+    return value, tangent
+
+
+def pack(value: Tensor, tangent: Tensor) -> Tensor:
+    """Return the tensor with a tangent."""
+    return forward_ad.make_dual(value, tangent)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def broadcast(gate: Tensor, like: Tensor, dim: int, what: str) -> Tensor:

@@ -106,8 +106,8 @@ class _Recurrent(Response):
         w, response = self.masked(weight)
         factor = self.factor(weight)
         b = None if bias is None else self._parameters[bias]
-        offset = None if bias is None else self.factor(bias)
-        moved = 0.0 if offset is None else offset * self.pair(cast(str, bias))[1]
+        offset = None if bias is None else self.moved(bias)
+        moved: Tensor | float = 0.0 if offset is None else offset
         if response is None or factor is None:
             return lambda h: F.linear(h, w, b)
         if p.linearized:
@@ -123,7 +123,7 @@ class _Recurrent(Response):
         fixed = moved if b is None else b + moved
 
         def product(h: Tensor) -> Tensor:
-            own, change = F.linear(h, both).split(size, dim=-1)
+            own, change = torch.split(F.linear(h, both), size, dim=-1)
             return torch.addcmul(own, factor, change) + fixed
 
         return product
@@ -146,7 +146,7 @@ class _Recurrent(Response):
         return x.new_zeros(self.num_layers, len(x), self.hidden_size)
 
 
-class ResponseLSTM(_Recurrent, nn.LSTM):
+class ResponseLSTM(_Recurrent, nn.LSTM):  # type: ignore[misc]
     """`torch.nn.LSTM` that responds."""
 
     def _unpack(self, x: Tensor, hx: Any) -> list[State]:
@@ -167,7 +167,7 @@ class ResponseLSTM(_Recurrent, nn.LSTM):
         return o.sigmoid() * c.tanh(), c
 
 
-class ResponseGRU(_Recurrent, nn.GRU):
+class ResponseGRU(_Recurrent, nn.GRU):  # type: ignore[misc]
     """`torch.nn.GRU` that responds."""
 
     def _unpack(self, x: Tensor, hx: Any) -> list[State]:

@@ -105,13 +105,14 @@ def mixup(x: Tensor, target: Tensor, classes: int, alpha: Strength) -> tuple[Ten
         x: inputs, shape (rows, ...).
         target: classes, shape (rows,).
         classes: their number.
-        alpha: the weight of each example is max(λ, 1 - λ), λ ~ Beta(α, α).
+        alpha: the weight of each example is max(λ, 1 - λ), λ ~ Beta(α, α), α at least 0.01.
     """
     rows = len(x)
-    strength = torch.as_tensor(alpha, dtype=x.dtype, device=x.device).detach().expand(rows)
-    strength = strength.clamp(min=1e-4)
+    # Gamma variates of a small shape underflow, sooner in single precision.
+    strength = torch.as_tensor(alpha, dtype=torch.float64, device=x.device).detach().expand(rows)
+    strength = strength.clamp(min=0.01)
     weight = torch.distributions.Beta(strength, strength, validate_args=False).sample()
-    weight = torch.maximum(weight, 1 - weight)
+    weight = torch.maximum(weight, 1 - weight).to(x.dtype)
     other = torch.randperm(rows, device=x.device)
     shares = F.one_hot(target, classes).to(x.dtype)
     mixed = torch.lerp(x[other], x, _column(weight, x))

@@ -27,10 +27,12 @@ class ResponseModel(ABC):
     Attributes:
         layout: of λ.
         can_linearize: whether `training_loss` has a linearized form.
+        elsewhere: names that act on the data before it comes here.
     """
 
     layout: Layout
     can_linearize: bool
+    elsewhere: tuple[str, ...] = ()
 
     @abstractmethod
     def initial(self, mode: Mode, generator: torch.Generator) -> Tensors:

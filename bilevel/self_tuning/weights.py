@@ -128,6 +128,7 @@ class Weights:
             with torch.no_grad():
                 flat, memory = rule.update(flat, grad, memory, values)
                 if general is not None:
+                    assert general_memory is not None
                     general, general_memory = inner.optimizer.update(
                         general, flatten(grads[split:]), general_memory, own_values
                     )

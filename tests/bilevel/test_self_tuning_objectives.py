@@ -290,7 +290,7 @@ def test_the_linearized_loss_is_the_loss_of_first_order_outputs() -> None:
     t = 1e-5
 
     def outputs(s: Tensor | None, tensors: dict[str, Tensor]) -> Tensor:
-        found: Tensor = inner.outputs(
+        found: Tensor = inner.objective.outputs(
             {**params, **tensors}, values, batch, seed, shift=s, training=True
         )
         return found
@@ -298,11 +298,11 @@ def test_the_linearized_loss_is_the_loss_of_first_order_outputs() -> None:
     def reference(tensors: dict[str, Tensor]) -> Tensor:
         up, down = outputs(t * shift, tensors), outputs(-t * shift, tensors)
         first_order = outputs(None, tensors) + (up - down) / (2 * t)
-        loss: Tensor = inner._functions["loss"](first_order, values, batch).mean()
+        loss: Tensor = inner.objective.functions.loss(first_order, values, batch).mean()
         return loss
 
     leaves = {name: value.clone().requires_grad_() for name, value in response.items()}
-    ours = inner.training_loss(
+    ours = inner.objective.training_loss(
         {**{n: p.detach() for n, p in params.items()}, **leaves},
         values, batch, seed, shift=shift, linearized=True,
     )  # fmt: skip
