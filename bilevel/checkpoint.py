@@ -56,6 +56,8 @@ def load(path: str | os.PathLike[str]) -> Any:
         FileNotFoundError: there is no such file.
         ValueError: the file is not a checkpoint, or is damaged.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no checkpoint {os.fspath(path)!r}.")
     problem = f"{os.fspath(path)!r} is not a readable checkpoint"
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,7 +82,11 @@ def panels(trace: Sequence[Record], schedule: Schedule, space: Space) -> list[Pa
     if len(norms) > 1:
         norms = [_column(trace, "grad_norm", "all", "#000000"), *norms]
     return [
-        Panel("loss", losses, log=_spans_decades([c.y for c in losses])),
+        Panel(
+            losses[0].label if len(losses) == 1 else "loss",
+            losses,
+            log=_spans_decades([c.y for c in losses]),
+        ),
         Panel("hypergradient norm ‖dF/dz‖", [_positive(c) for c in norms], log=True, span=2),
         *(_hyperparameter(name, schedule, space, colors[name]) for name in schedule.names),
     ]
@@ -120,6 +123,6 @@ def _hyperparameter(name: str, schedule: Schedule, space: Space, color: str) -> 
         lines = [Curve(f"{name}[{i}]", x, table[:, i], c) for i, c in enumerate(shades)]
         return Panel(name, lines, log, step=True)
     low, q25, median, q75, high, _ = schedule.summary(name).T
-    size = f" ({math.prod(domain.value_shape)} values)" if isinstance(domain, Grad) else ""
     bands = (("range", low, high), ("quartiles", q25, q75))
-    return Panel(name + size, [Curve("median", x, median, color, bands)], log, step=True)
+    title = f"{name} ({schedule.size(name)} values)"
+    return Panel(title, [Curve("median", x, median, color, bands)], log, step=True)

@@ -75,6 +75,7 @@ class Descent(OuterAlgorithm[DescentState]):
             until the budget is spent.
 
     Raises:
+        TypeError: an estimator that is none.
         ValueError: an argument out of its range.
     """
 
@@ -88,6 +89,11 @@ class Descent(OuterAlgorithm[DescentState]):
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.estimator, Estimator):
+            raise TypeError(
+                "Descent: estimator must be one of hypergrad, such as Implicit(), but got "
+                f"{self.estimator!r}."
+            )
         rates = self.lr if isinstance(self.lr, Mapping) else {None: self.lr}
         for name, rate in rates.items():
             if not (math.isfinite(rate) and rate >= 0):

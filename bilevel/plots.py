@@ -133,7 +133,8 @@ def html_figure(panels: Sequence[Panel], title: str) -> Figure:
     figure.update_layout(
         title=title,
         template="plotly_white",
-        height=270 * rows + 90,
+        height=270 * rows + (90 if title else 20),
+        margin={"t": 100 if title else 30, "b": 40},
         legend={"groupclick": "toggleitem", "traceorder": "grouped", "font": {"size": 11}},
         font={"size": 11},
         hovermode="closest",

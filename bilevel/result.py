@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import optree
 from torch import Tensor
 
-from bilevel.checkpoint import check_plain, copy, load, save
+from bilevel.checkpoint import check_plain, check_writable, copy, load, save
 from bilevel.curves import panels
 from bilevel.metrics import Cost, RunStatus
 from bilevel.plots import write_figure
@@ -101,6 +101,7 @@ class Result:
             OSError: the folder cannot be written.
         """
         folder = Path(folder)
+        check_writable(folder / _FILE, "folder")
         params = _plain(self.params)
         save(
             folder / _FILE,

@@ -152,7 +152,8 @@ class Run:
                 if retreats < MAX_RETREATS:
                     less_bold = self.algorithm.retreat(self.inner, state)
                 if less_bold is None:
-                    self._give_up(cost, RunStatus.DIVERGED, f"{error} (tried {retreats + 1} times)")
+                    tries = f" (tried {retreats + 1} times)" if retreats else ""
+                    self._give_up(cost, RunStatus.DIVERGED, f"{error}{tries}")
                     return
                 state = less_bold
             else:

@@ -42,7 +42,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
     names: tuple[str, ...] = ()
     _steps: list[int] = field(default_factory=list, repr=False)
     _rows: dict[str, list[Tensor]] = field(default_factory=dict, repr=False)
-    _large: list[str] = field(default_factory=list, repr=False)
+    _large: dict[str, int] = field(default_factory=dict, repr=False)
 
     def record(self, step: int, hparams: Mapping[str, Tensor]) -> None:
         """Add a row: `hparams` are in force from inner step `step` on."""
@@ -52,8 +52,8 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
             row = value.detach().to("cpu", torch.float64)
             kept = row.clone() if row.numel() <= self.limit else _summarize(row)
             self._rows.setdefault(name, []).append(kept)
-            if row.numel() > self.limit and name not in self._large:
-                self._large.append(name)
+            if row.numel() > self.limit:
+                self._large[name] = row.numel()
 
     def amend(self, hparams: Mapping[str, Tensor]) -> None:
         """Replace the last row: its values were taken back before anything was trained on them."""
@@ -70,7 +70,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
                 f"{name!r} has more than {self.limit} elements, so only quantiles were kept: use "
                 f"schedule.summary({name!r}), or tune(..., history=N) to keep more."
             )
-        return torch.stack(self._rows[name]).numpy()
+        return torch.stack(self._history(name)).numpy()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Schedule) and self.columns() == other.columns()
@@ -84,10 +84,20 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
 
     def summary(self, name: str) -> NDArray[np.float64]:
         """Return minimum, quartiles, maximum and mean over the elements, shape (rows, 6)."""
-        rows = self._rows[name]
+        rows = self._history(name)
         if name not in self._large:
             rows = [_summarize(row) for row in rows]
         return torch.stack(rows).numpy()
+
+    def _history(self, name: str) -> list[Tensor]:
+        if name not in self._rows:
+            known = ", ".join(self.names)
+            raise KeyError(f"{name!r} did not move in this run; the schedule has {known}.")
+        return self._rows[name]
+
+    def size(self, name: str) -> int:
+        """Return the number of elements of a hyperparameter."""
+        return self._large.get(name, self._history(name)[0].numel())
 
     def at(self, step: int) -> dict[str, Tensor]:
         """Return the values in force during inner step `step` (from 0), as float64 tensors.
@@ -97,7 +107,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
         """
         if self._large:
             raise ValueError(
-                f"the schedule of {self._large} is kept as quantiles only; "
+                f"the schedule of {list(self._large)} is kept as quantiles only; "
                 "use tune(..., history=N) to keep it whole."
             )
         row = max(0, bisect_right(self._steps, step) - 1)
@@ -155,7 +165,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
         return {
             "limit": self.limit,
             "names": list(self.names),
-            "large": list(self._large),
+            "large": dict(self._large),
             "steps": list(self._steps[:rows]),
             "rows": {name: torch.stack(table[:rows]) for name, table in self._rows.items()},
         }
@@ -165,7 +175,7 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
         """Return the schedule whose `state_dict` was `state`."""
         schedule = cls(state["limit"], tuple(state["names"]))
         schedule._steps = list(state["steps"])
-        schedule._large = list(state["large"])
+        schedule._large = dict(state["large"])
         schedule._rows = {name: list(table.unbind()) for name, table in state["rows"].items()}
         return schedule
 

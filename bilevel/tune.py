@@ -89,12 +89,17 @@ def tune(
         A run that diverged has status DIVERGED and its last good weights.
 
     Raises:
-        TypeError: a subject that is neither; a loss that is no scalar.
+        TypeError: a subject that is neither; no outer algorithm; a loss that is no scalar.
         ValueError: an argument that does not fit; a loss that does not depend on a
             hyperparameter (names it); another space or algorithm than the resumed run's.
         OSError: the checkpoint cannot be written; raised before any training.
         KeyboardInterrupt: on Ctrl-C, after the last whole outer step was stored in `checkpoint`.
     """
+    if not isinstance(algorithm, OuterAlgorithm):
+        raise TypeError(
+            "algorithm must be an outer algorithm, such as Descent(Implicit()), but got "
+            f"{algorithm!r}."
+        )
     budget = Budget.of(budget)
     if evaluate_every is not None and evaluate_every < 1:
         raise ValueError(f"evaluate_every must be at least 1, but got {evaluate_every!r}.")

@@ -63,7 +63,8 @@ class Hessian(Curvature):
     def at(self, problem: Problem, params: Leaves, hparams: Leaves, batch: Any) -> Linearization:
         _, gradient = inner_gradient(problem, params, hparams, batch)
         space = FlatSpace.of(params.tensors)
-        flat = space.pack(gradient)
+        with torch.enable_grad():
+            flat = space.pack(gradient)
         return Linearization(space, flat, _product(flat, params.tensors, space), hparams, 1)
 
 
@@ -99,6 +100,7 @@ class GGN(Curvature):
         space = FlatSpace.of(params.tensors)
         tree = hparams.tree()
         with torch.enable_grad(), math_attention():
+            optimality = space.pack(gradient)
             z = self.outputs(params.tree(), tree, batch)
             z_leaf = z.detach().requires_grad_()
             criterion = self.criterion(z_leaf, tree, batch)
@@ -143,7 +145,7 @@ class GGN(Curvature):
                 )
             return jhjv if penalty is None else jhjv + penalty(v)
 
-        return Linearization(space, space.pack(gradient), product, hparams, 3)
+        return Linearization(space, optimality, product, hparams, 3)
 
 
 def _product(

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from hypergrad.implicit import Implicit, ImplicitState
 from hypergrad.implicit_solution import ImplicitRun, pairing
 from hypergrad.modules import view
-from hypergrad.optimizers import Hyper, Optimizer, State, as_optimizer, from_torch
-from hypergrad.optimizers.values import is_zero
+from hypergrad.optimizers import Optimizer, State
 from hypergrad.problem import Problem, module_problem
 from hypergrad.solution import Report, Run, descend, solution
+from hypergrad.solver_arguments import check_method, update_rule
 from hypergrad.swap import Swap
-from hypergrad.training import check_steps
-from hypergrad.tree import Leaves, Tree, hyper_leaves, leaf_names, trainable_leaves
+from hypergrad.tree import Leaves, Tree, check_tensors, hyper_leaves, leaf_names, trainable_leaves
 from hypergrad.unrolled import Unrolled
 from hypergrad.unrolled_solution import ForwardRun, UnrolledRun
 from hypergrad.views import TwoViewLoss
@@ -108,9 +107,9 @@ class Solver(Generic[ModelT]):
         self.model = model
         self.loss = loss
         self.warm_start = warm_start
-        self.optimizer = _rule(optimizer, options, self._params())
+        self.optimizer = update_rule(optimizer, options, self._params())
         trainable_leaves(self._params())
-        self.steps = _check_method(method, steps, grad_norm, self.optimizer)
+        self.steps = check_method(method, steps, grad_norm, self.optimizer)
         self.method = method
         if isinstance(method, Unrolled):
             self.method = replace(method, optimizer=self.optimizer)
@@ -283,6 +282,7 @@ def _hyper(hparams: Any) -> tuple[Leaves, list[Tensor], nn.Module | None]:
     tree: Tree = dict(module.named_parameters()) if module else hparams
     flat, spec = optree.tree_flatten(tree)
     names = leaf_names(tree, "hparams")
+    check_tensors(flat, names)
     if torch.is_grad_enabled() and not _NESTED.get() and hparams is not None:
         free = {k: p for k, p in tree.items() if p.requires_grad} if module else tree
         hyper_leaves(free)  # checks them
@@ -299,63 +299,3 @@ def _hyper(hparams: Any) -> tuple[Leaves, list[Tensor], nn.Module | None]:
     given = [flat[i] for i in index]
     tensors = [t.detach().requires_grad_() for t in given]
     return Leaves(tensors, [names[i] for i in index], rebuild), given, module
-
-
-def _rule(optimizer: Any, options: dict[str, Any], params: Tree) -> Optimizer:
-    """Return the update rule that the arguments of a `Solver` describe."""
-    if isinstance(optimizer, type) and issubclass(optimizer, Optimizer):
-        return optimizer(**options)
-    if isinstance(optimizer, type):
-        return from_torch(optimizer, **options)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return from_torch(optimizer, params, **options)
-    rule = as_optimizer(optimizer)
-    if rule is None or options:
-        raise TypeError(
-            "options go with a class of torch.optim, but optimizer is "
-            f"{type(optimizer).__name__} and options are {options}."
-        )
-    return cast(Optimizer, rule)
-
-
-def _check_method(
-    method: Any, steps: int | None, grad_norm: float | None, optimizer: Optimizer
-) -> int:
-    """Check the arguments that belong to a method; returns the number of steps."""
-    if isinstance(method, Unrolled):
-        if method.optimizer is not None:
-            raise ValueError(
-                "the optimizer is given twice: to the Solver and in "
-                f"method=Unrolled({method.optimizer!r}, ...); write Unrolled(steps={method.steps})."
-            )
-        if steps is not None or grad_norm is not None:
-            raise ValueError(
-                "Unrolled differentiates its own steps; write method=Unrolled(steps=...), without "
-                f"steps={steps} and grad_norm={grad_norm}."
-            )
-        return method.steps
-    if not isinstance(method, Implicit):
-        raise TypeError(
-            "method must be Unrolled(...) or Implicit(...), whose derivative is a function of w "
-            f"alone, but got {method!r}; other estimators are called with a Problem."
-        )
-    if steps is None:
-        raise ValueError(
-            "Implicit differentiates at a solution; say how long to train, such as steps=1000 or "
-            "steps=1000, grad_norm=1e-6."
-        )
-    check_steps("Solver", steps)
-    if grad_norm is not None and not grad_norm > 0:
-        raise ValueError(f"grad_norm must be positive, but got {grad_norm}.")
-    for name, value in optimizer.hyperparameters.items():
-        if any(isinstance(leaf, Hyper) for leaf in optree.tree_leaves(value)):
-            raise ValueError(
-                f"{name} of the optimizer is a Hyper, but Implicit differentiates the minimum of "
-                "the loss, which does not depend on it; use Unrolled, or put it into the loss."
-            )
-        if name == "weight_decay" and not is_zero(value):
-            raise ValueError(
-                f"the optimizer has weight_decay={value}, but Implicit differentiates the minimum "
-                "of the loss; add the penalty to the loss instead."
-            )
-    return steps

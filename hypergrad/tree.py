@@ -15,7 +15,15 @@ import optree
 import torch
 from torch import Tensor
 
-__all__ = ["Leaves", "Tree", "hyper_leaves", "leaf_names", "same_structure", "trainable_leaves"]
+__all__ = [
+    "Leaves",
+    "Tree",
+    "check_tensors",
+    "hyper_leaves",
+    "leaf_names",
+    "same_structure",
+    "trainable_leaves",
+]
 
 Tree = Any
 """Nested dicts, lists and tuples of tensors."""
@@ -43,7 +51,8 @@ class Leaves:
         return self.rebuild(self.tensors)
 
 
-def _check_tensors(leaves: Sequence[Any], names: Sequence[str]) -> None:
+def check_tensors(leaves: Sequence[Any], names: Sequence[str]) -> None:
+    """Raise TypeError naming the first leaf that is no tensor."""
     for leaf, name in zip(leaves, names, strict=True):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{name} must be a tensor, but got {type(leaf).__name__}: {leaf!r}.")
@@ -58,7 +67,7 @@ def trainable_leaves(params: Tree) -> Leaves:
     """
     flat, spec = optree.tree_flatten(params)
     names = leaf_names(params, "params")
-    _check_tensors(flat, names)
+    check_tensors(flat, names)
     index = [i for i, leaf in enumerate(flat) if leaf.requires_grad]
     if not index:
         raise ValueError(
@@ -96,7 +105,7 @@ def hyper_leaves(hparams: Tree) -> Leaves:
     """
     flat, spec = optree.tree_flatten(hparams)
     names = leaf_names(hparams, "hparams")
-    _check_tensors(flat, names)
+    check_tensors(flat, names)
     if not flat:
         raise ValueError(f"hparams must hold at least one tensor, but got {hparams!r}.")
     for leaf, name in zip(flat, names, strict=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import optree
 import torch
 from torch import Tensor
 
 from hypergrad.attention import math_attention
+from hypergrad.compiled.trajectory import CompiledTrajectory
 from hypergrad.first_order import replayed
 from hypergrad.forward import Pushforward
 from hypergrad.optimizers.base import State, vectors
@@ -42,22 +44,26 @@ class UnrolledRun(Run):
         self._begin = self.optimizer_state
         self._random = RandomState.capture(self.devices)
         trajectory = self._trace()
-        self._trajectory: Trajectory | None = trajectory
+        self._trajectory: Trajectory | CompiledTrajectory | None = trajectory
         self.optimizer_state = trajectory.state
         exact = self._window == self.method.steps
         status = Status.EXACT if exact else Status.APPROXIMATE
         self.report = Report(self.method.steps, n_hvp=self._window, status=status)
+        if isinstance(trajectory, CompiledTrajectory):
+            self.report.compiled = trajectory.report
         return [t.clone() for t in unflatten(trajectory.flat, self.params.tensors)]
 
     @property
     def _window(self) -> int:
         return self.method.truncation or self.method.steps
 
-    def _trace(self) -> Trajectory:
+    def _trace(self) -> Trajectory | CompiledTrajectory:
+        level = (self.problem, self.params, self.hparams, self.batch, self._begin)
+        moving = len(optree.tree_leaves(self.hparams.tree())) == len(self.hparams.tensors)
         with math_attention():
-            return self.method.trace(
-                self.problem, self.params, self.hparams, self.batch, self._begin
-            )
+            if self.method.compile != "off" and moving:
+                return CompiledTrajectory(self.method, *level)
+            return replace(self.method, compile="off").trace(*level)
 
     def pullback(self, bars: list[Tensor], end: list[Tensor]) -> tuple[Grads, Grads]:
         trajectory, self._trajectory = self._trajectory, None
@@ -66,6 +72,8 @@ class UnrolledRun(Run):
                 trajectory = self._trace()
         with math_attention():
             pulled = trajectory.pullback(flatten(bars))
+        if isinstance(trajectory, CompiledTrajectory):
+            self.report.compiled = trajectory.report
         return unflatten(pulled.start, self.params.tensors), pulled.hyper
 
     def differentiable_pullback(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json as _json
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -18,7 +19,6 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="bilevel",
     help="Tune hyperparameters while a model trains, and across trials.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -34,7 +34,7 @@ def main() -> None:
         code = 130
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a bad option or argument
-            _stop(error.format_message(), 2)
+            _stop(error.format_message().rstrip(".") + _given(error) + ".", 2)
         known = _exit_code(error)
         if known is None:
             raise
@@ -43,6 +43,17 @@ def main() -> None:
         _stop("interrupted; run the same command with --resume to go on.", 130)
     if code:
         sys.exit(code)
+
+
+def _given(error: Any) -> str:
+    """Return the value of the option that an error of typer is about; its messages leave it out."""
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        for argument, following in zip_longest(sys.argv, sys.argv[1:]):
+            if argument == option and following is not None:
+                return f", but got {following!r}"
+            if argument.startswith(f"{option}="):
+                return f", but got {argument.partition('=')[2]!r}"
+    return ""
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -80,14 +91,17 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Tune hyperparameters while a model trains, and across trials."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -110,7 +124,11 @@ def tune(
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
     json: Json = False,
 ) -> None:
-    """Compare defaults, random search, TPE, gradient tuning and both together, at equal cost."""
+    """Compare ways to tune a learner on a task.
+
+    Defaults, random search, TPE, gradient tuning, and TPE with gradients, all at the same cost
+    and over several seeds.  Prints a table, and writes a report, figures and the studies.
+    """
     from studies.job import run_comparison
 
     run_comparison(
@@ -135,9 +153,12 @@ def list_(json: Json = False) -> None:
     from studies.tables import names_table
 
     found = listing()
-    _print(_json.dumps(found, indent=1) if json else None)
-    for title, rows in ({} if json else found).items():
-        _print(names_table(title, rows))
+    if json:
+        _print(_json.dumps(found, indent=1))
+        return
+    for title, rows in found.items():
+        _print(f"{title}:")
+        _print(names_table(rows))
 
 
 @app.command()
@@ -154,7 +175,7 @@ def show(
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Check versions, devices, threads, and packages that take our import names."""
+    """Check versions, devices and conflicting packages."""
     from dataclasses import asdict
 
     from studies.doctor import examine
@@ -171,8 +192,6 @@ def doctor(json: Json = False) -> None:
 
 def _print(result: Any) -> None:
     """Print a result on standard output: text as it is, tables wide enough for a pipe."""
-    if result is None:
-        return
     if isinstance(result, str):
         print(result)
         return

@@ -10,17 +10,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from adapters import registry, tasks
-from studies.compare import METRICS, Comparison, compare, ways
-from studies.events import Event, Finished, Rung, Started
+from studies.compare import METRICS, Comparison, Way, compare, ways
+from studies.events import Event, Finished, Rung
 from studies.report import comparison_report
 from studies.storage import StorageError, check_folder, masked, parse_storage
 
 __all__ = ["comparison_table", "run_comparison"]
+
+WIDE, NARROW = 108, 80
+"""Characters that the whole table needs, and the one with fewer columns."""
 
 
 class OnEvent(Protocol):
@@ -58,16 +68,16 @@ def run_comparison(
     kind = registry.get(learner)
     tasks.get(task, seed=seeds[0], **options)
     plan = ways(kind.space, budget, trials)
-    check_folder(out, "--out")
     url = parse_storage(storage or out / f"{task}.db")
     if resume and url.database and url.drivername == "sqlite" and not Path(url.database).exists():
         raise StorageError(f"--resume: there is nothing stored in {masked(url)} yet.")
+    check_folder(out, "--out")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     threads = torch.get_num_threads()
     # Small networks: a second thread costs more than it brings.
     torch.set_num_threads(1)
     try:
-        with _progress(quiet, len(seeds) * sum(way.trials for way in plan)) as on_event:
+        with _progress(quiet, seeds, plan) as on_event:
             found = compare(
                 task,
                 kind,
@@ -87,46 +97,48 @@ def run_comparison(
         print(json.dumps({**found.as_json(), "seconds_total": seconds, "files": files}, indent=1))
         return found
     console = Console()
-    console = Console(width=max(console.width, 60) if console.is_terminal else 118)
-    console.print(comparison_table(found))
+    console = Console(width=max(console.width, NARROW) if console.is_terminal else 118)
+    console.print(comparison_table(found, console.width))
     console.print(_conclusion(found), soft_wrap=True, highlight=False)
     console.print(f"\nDone in {seconds:.0f} s.", highlight=False)
     _print_files(console, masked(url), page, pictures)
     return found
 
 
-def comparison_table(found: Comparison) -> Table:
-    """The table: mean ± standard deviation over seeds; the lowest mean losses in bold."""
+def comparison_table(found: Comparison, width: int = WIDE) -> Table:
+    """The table, the best mean of each column in bold; a narrow screen gets fewer columns."""
+    wide = width >= WIDE
+    metrics = [metric for metric in METRICS if wide or metric != "val/accuracy"]
     options = ", ".join(f"{k} {v:g}" for k, v in found.options.items())
     table = Table(
-        title=f"{found.learner} on {found.task} ({options}), {len(found.seeds)} seeds",
+        title=f"{found.learner} on {found.task} ({options}), {_seeds(found)}",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("")
-    for metric in METRICS:
-        table.add_column(metric.replace("/", " ").replace("accuracy", "acc."), justify="right")
-    table.add_column("trials", justify="right")
+    table.add_column("", no_wrap=True)
+    for metric in metrics:
+        heading = metric.replace("/", " ").replace("accuracy", "acc.")
+        table.add_column(heading, justify="right", no_wrap=True)
+    if wide:
+        table.add_column("trials", justify="right")
     table.add_column("cost", justify="right")
     table.add_column("s", justify="right")
     for row in found.rows:
         cells = []
-        for metric in METRICS:
+        for metric in metrics:
             sign = 1 if metric.endswith("loss") else -1
             best = min(sign * other.mean(metric) for other in found.rows)
-            text = f"{row.mean(metric):.3f} ± {row.std(metric):.3f}"
+            text = row.text(metric)
             cells.append(f"[bold]{text}[/]" if sign * row.mean(metric) == best else text)
         table.add_row(
             row.way.title,
             *cells,
-            str(row.way.trials),
+            *([str(row.way.trials)] if wide else []),
             f"{sum(row.costs) / len(row.costs):.0f}",
             f"{sum(row.seconds) / len(row.seconds):.1f}",
         )
-    table.caption = (
-        "Mean ± standard deviation over seeds; each has its own split, wrong labels and weights. "
-        "Chosen by validation loss, test only reported. Cost: equivalent training steps per seed, "
-        "gradients + 2 · Hessian-vector products."
-    )
+    table.caption = found.explain()
     table.caption_justify = "left"
     return table
 
@@ -144,7 +156,7 @@ def _conclusion(found: Comparison) -> str:
                 f"{row.way.title}: the best trial is the first one, at the defaults, "
                 f"on {at_default} of {len(row.best)} seeds."
             )
-    for name in ("gradient", "hybrid"):
+    for name in [name for name in ("gradient", "hybrid") if name in by_name]:
         pairs = zip(by_name[name].best, search.best, strict=True)
         differences = [a.metrics["test/loss"] - b.metrics["test/loss"] for a, b in pairs]
         wins = sum(d < 0 for d in differences)
@@ -164,49 +176,64 @@ def _print_files(console: Console, storage: str, page: Path, pictures: Sequence[
         ("studies", path),
     ]:
         console.print(f"  {what:<8} {where}", soft_wrap=True, highlight=False)
-    then = f"open the report; `bilevel show {path}` lists the studies; `bilevel list` the rest."
-    console.print(f"\nNext: {then}", soft_wrap=True, highlight=False)
+    print(f"\nNext: open the report; `bilevel show {path}` lists the studies;")
+    print("`bilevel list` shows which other tasks, learners and algorithms there are.")
+
+
+def _seeds(found: Comparison) -> str:
+    return f"{len(found.seeds)} seed{'s' if len(found.seeds) > 1 else ''}"
 
 
 @contextmanager
-def _progress(quiet: bool, total: int) -> Iterator[OnEvent]:
+def _progress(quiet: bool, seeds: Sequence[int], plan: Sequence[Way]) -> Iterator[OnEvent]:
     """Show trials as they happen: a bar on a terminal, a line for each trial elsewhere."""
     console = Console(stderr=True)
     if quiet:
         yield lambda name, seed, event: None
         return
     if not console.is_terminal:
-
-        def line(name: str, seed: int, event: Event) -> None:
-            if isinstance(event, Finished):
-                record = event.record
-                outcome = str(record.failure) if record.failure else f"val {record.value:.4f}"
-                print(
-                    f"seed {seed}  {name:<13} trial {record.number}  {record.state}  {outcome}  "
-                    f"{record.cost.seconds:.1f} s",
-                    file=sys.stderr,
-                )
-
-        yield line
+        yield _print_line
         return
+    parts = {way.name: way.trials * (way.budget.equivalent_steps or 1) for way in plan}
+    order, whole = list(parts), sum(parts.values())
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} trials"),
+        TextColumn("{task.percentage:3.0f} %"),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
         console=console,
         transient=True,
     )
     with bar:
-        job = bar.add_task("", total=total)
+        job = bar.add_task("starting", total=len(seeds) * whole)
 
         def show(name: str, seed: int, event: Event) -> None:
-            if isinstance(event, Started):
-                bar.update(job, description=f"seed {seed}  {name}  trial {event.number}")
-            elif isinstance(event, Rung):
-                text = f"seed {seed}  {name}  trial {event.number}  val {event.value:.3f}"
-                bar.update(job, description=text)
+            """Place an event by what comes before it, so that a resumed job starts where it was."""
+            way = plan[order.index(name)]
+            before = seeds.index(seed) * whole + sum(parts[n] for n in order[: order.index(name)])
+            if isinstance(event, Finished):
+                number, share, value = event.record.number, 1.0, event.record.value
             else:
-                bar.advance(job)
+                number = event.number
+                share, value = 0.0, None
+                if isinstance(event, Rung):
+                    share, value = event.rung / event.of, event.value
+            text = f"seed {seed}  {way.title}  trial {number + 1}/{way.trials}"
+            text += "" if value is None else f"  val {value:.3f}"
+            done = before + (number + share) * parts[name] / way.trials
+            bar.update(job, completed=done, description=text)
 
         yield show
+
+
+def _print_line(name: str, seed: int, event: Event) -> None:
+    if isinstance(event, Finished):
+        record = event.record
+        outcome = str(record.failure) if record.failure else f"val {record.value:.4f}"
+        print(
+            f"seed {seed}  {name:<13} trial {record.number}  {record.state}  {outcome}  "
+            f"{record.cost.seconds:.1f} s",
+            file=sys.stderr,
+        )

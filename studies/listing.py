@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from studies.tables import number
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
 
 __all__ = ["listing", "show_table", "stored_studies"]
 
@@ -16,38 +24,50 @@ def listing() -> dict[str, dict[str, str]]:
     """Return names with one line about each, by kind."""
     import hypergrad
     from adapters import registry, tasks
-    from bilevel.descent import Descent
+    from bilevel import descent, single_loop
     from studies.sampling import PRUNERS, SAMPLERS
 
-    estimators = {
-        name: _line(getattr(hypergrad, name))
-        for name in hypergrad.__all__
-        if inspect.isclass(getattr(hypergrad, name))
-        and issubclass(getattr(hypergrad, name), hypergrad.Estimator)
-        and not inspect.isabstract(getattr(hypergrad, name))
+    # The classes' own first lines are formulas; their files say in words what they are.
+    estimators = {kind.__name__: _title(kind) for kind in _classes(hypergrad, hypergrad.Estimator)}
+    stochastic = {
+        kind.__name__: _line(kind)
+        for kind in _classes(single_loop, single_loop.StochasticBilevel)
+        if kind is not single_loop.StochasticBilevel
     }
     return {
         "tasks": tasks.describe(),
         "learners": registry.describe(),
-        "algorithms": {"Descent": _line(Descent)},
+        "algorithms": {"Descent": _title(descent.Descent), **stochastic},
         "estimators": estimators,
-        "samplers": {name: f"{type(make(0)).__name__} of Optuna" for name, make in _made(SAMPLERS)},
+        "samplers": {name: f"{optuna_name} of Optuna" for name, optuna_name in _made(SAMPLERS)},
         "pruners": {name: f"{make.__name__} of Optuna" for name, make in PRUNERS.items()},
     }
 
 
-def _made(samplers: dict[str, Any]) -> list[tuple[str, Any]]:
-    import warnings
+def _classes(module: ModuleType, base: type) -> Iterator[type]:
+    """Yield the public classes of a module that can be used as a `base`."""
+    for name in sorted(module.__all__, key=str.lower):
+        kind = getattr(module, name)
+        if inspect.isclass(kind) and issubclass(kind, base) and not inspect.isabstract(kind):
+            yield kind
 
+
+def _made(samplers: Mapping[str, Callable[[int], BaseSampler]]) -> list[tuple[str, str]]:
+    """Return the name of each sampler and of its class, which only an object tells."""
     import optuna
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return list(samplers.items())
+        return [(name, type(make(0)).__name__) for name, make in samplers.items()]
 
 
 def _line(kind: type) -> str:
     return (inspect.getdoc(kind) or "").splitlines()[0]
+
+
+def _title(kind: type) -> str:
+    """The first line of the file that defines a class."""
+    return (sys.modules[kind.__module__].__doc__ or "").splitlines()[0]
 
 
 def stored_studies(storage: str) -> list[dict[str, Any]]:
@@ -87,14 +107,17 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
 
 def show_table(studies: list[dict[str, Any]]) -> Table:
     """One row for each study."""
-    table = Table()
-    for heading in ("study", "trials", "complete", "failed", "cost", "best", "value", "test loss"):
-        table.add_column(heading, justify="left" if heading == "study" else "right")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("study")
+    for heading in ("complete", "cost", "best", "value", "test loss"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for study in studies:
         best = study["best_trial"]
+        failed = f" ({study['failed']} failed)" if study["failed"] else ""
         table.add_row(
             study["study"],
-            *(str(study[key]) for key in ("trials", "complete", "failed", "equivalent_steps")),
+            f"{study['complete']}/{study['trials']}{failed}",
+            str(study["equivalent_steps"]),
             "-" if best is None else str(best),
             number(study["best_value"]),
             number(study["metrics"].get("test/loss")),

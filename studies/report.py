@@ -28,8 +28,9 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1240p
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #e3e6ec; }
-th:first-child, td:first-child, td.text { text-align: left; }
+th:first-child, td:first-child, .text { text-align: left; }
 td.text { font-size: .85rem; max-width: 46rem; overflow-wrap: anywhere; }
+table.small { font-size: .85rem; } td.kept { color: #9aa0ab; }
 tr.best td { font-weight: 600; background: #f2f7fd; } p.note { color: #555b66; }
 """
 
@@ -88,7 +89,7 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
     rows = [
         [
             row.way.title,
-            *(f"{row.mean(m):.3f} ± {row.std(m):.3f}" for m in METRICS),
+            *(row.text(m) for m in METRICS),
             f"{sum(row.costs) / len(row.costs):.0f}",
             f"{sum(row.seconds) / len(row.seconds):.1f}",
         ]
@@ -97,15 +98,13 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
     options = ", ".join(f"{k}={v}" for k, v in found.options.items())
     parts = [
         _note(
-            f"{found.learner} on {found.task} ({options}); mean ± standard deviation over seeds "
-            f"{', '.join(map(str, found.seeds))}, each with its own split, wrong labels and "
-            f"weights. Budget of every way and seed: {found.budget} equivalent training steps "
-            "(gradients + 2 · Hessian-vector products); the first row uses one trial's share. "
-            "Everything is chosen by validation loss; the test split is only reported. The "
-            "row in bold has the lowest mean validation loss."
+            f"{found.learner} on {found.task} ({options}); seeds "
+            f"{', '.join(map(str, found.seeds))}. Budget of every way and seed: {found.budget} "
+            f"equivalent training steps. {found.explain()} "
+            "The row in bold has the lowest mean validation loss."
         ),
         _table(headings, rows, [row is best for row in found.rows]),
-        "<h2>Test loss of every seed</h2>",
+        "<h2>Every seed</h2>",
         _plot(_comparison_figure(found), first=True),
     ]
     study = found.studies["gradient"]
@@ -117,9 +116,10 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
             _plot(html_figure(drawn, ""), first=False),
         ]
         pictures.append(write_figure(drawn, folder / f"{found.task}-schedule.png", title))
-    parts.append("<h2>Chosen hyperparameters (first seed)</h2>")
-    chosen = [[row.way.title, _values(row.best[0].hparams)] for row in found.rows]
-    parts.append(_table(["", "values at the end of the best trial"], chosen, [False] * len(chosen)))
+    parts += [
+        f"<h2>Hyperparameters at the end of the best trial, seed {found.seeds[0]}</h2>",
+        _hyperparameters(found),
+    ]
     page = _write(folder / f"{found.task}.html", f"Tuning {found.task}", parts)
     return page, pictures
 
@@ -149,7 +149,11 @@ def _comparison_figure(found: Comparison) -> Figure:
         )
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(title_text="cross entropy (lower is better)")
-    figure.update_layout(template="plotly_white", height=110 + 46 * len(found.rows))
+    figure.update_layout(
+        template="plotly_white",
+        height=90 + 46 * len(found.rows),
+        margin={"t": 20, "b": 50},
+    )
     return figure
 
 
@@ -176,12 +180,29 @@ def _comparison_png(found: Comparison, path: Path) -> Path:
     axes.set_xlabel("cross entropy (lower is better); bars mark means over seeds")
     axes.set_title(
         f"{found.learner} on {found.task}: {found.budget} equivalent steps each, "
-        f"{len(found.seeds)} seeds",
+        f"seeds {', '.join(map(str, found.seeds))}",
         fontsize=10,
     )
     axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=120)
     return path
+
+
+def _hyperparameters(found: Comparison) -> str:
+    """A table of what each way chose; a value that a way took as it was is gray."""
+    columns = [(row.way, row.best[0].hparams) for row in found.rows]
+    names = dict.fromkeys(name for _, values in columns for name in values)
+    head = "".join(f"<th>{html.escape(way.title)}</th>" for way, _ in columns)
+    body = []
+    for name in names:
+        cells = [f"<td>{html.escape(name)}</td>"]
+        for way, values in columns:
+            kept = " class=kept" if way.space.owner(name) == "fixed" else ""
+            text = value_text(values[name]) if name in values else "-"
+            cells.append(f"<td{kept}>{html.escape(text)}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    table = f"<table class=small><thead><tr><th></th>{head}</tr></thead>"
+    return f"{table}<tbody>{''.join(body)}</tbody></table>"
 
 
 def _values(hparams: object) -> str:
@@ -194,13 +215,18 @@ def _note(text: str) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[bool]) -> str:
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings)
-    body = []
-    for row, mark in zip(rows, marked, strict=True):
-        cells = "".join(
-            f"<td{' class=text' if '=' in cell else ''}>{html.escape(cell)}</td>" for cell in row
-        )
-        body.append(f"<tr{' class=best' if mark else ''}>{cells}</tr>")
+    wordy = [any("=" in row[i] for row in rows) for i in range(len(headings))]
+    kinds = [" class=text" if words else "" for words in wordy]
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        pairs = zip(kinds, cells, strict=True)
+        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for kind, cell in pairs)
+
+    body = [
+        f"<tr{' class=best' if mark else ''}>{line('td', row)}</tr>"
+        for row, mark in zip(rows, marked, strict=True)
+    ]
+    head = line("th", headings)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
 
 

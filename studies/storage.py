@@ -164,7 +164,8 @@ def _check_sqlite(path: Path, create: bool) -> None:
         if not create:
             raise StorageError(f"{where} does not exist.")
         if not path.parent.is_dir():
-            raise StorageError(f"{where}: its folder {str(path.parent)!r} does not exist.")
+            what = "is not a folder" if path.parent.exists() else "does not exist"
+            raise StorageError(f"{where}: its folder {str(path.parent)!r} {what}.")
         check_folder(path.parent, "the storage's folder")
         return
     if path.stat().st_size == 0 and create:
@@ -183,8 +184,8 @@ def _check_sqlite(path: Path, create: bool) -> None:
         raise StorageError(f"{where} is not a SQLite database: {_reason(error)}.") from error
     if "studies" not in tables or "version_info" not in tables:
         raise StorageError(
-            f"{where} is a SQLite database, but not one of Optuna: it has the tables "
-            f"{sorted(tables)}."
+            f"{where} is a SQLite database, but not one of Optuna: it has "
+            f"{f'the tables {sorted(tables)}' if tables else 'no tables'}."
         )
     if create:
         check_folder(path.parent, "the storage's folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.table import Table
 
 from studies.doctor import Finding
@@ -33,31 +34,30 @@ def value_text(value: Any) -> str:
 
 def trials_table(study: Study) -> Table:
     """One row for each trial of a study."""
-    table = Table(title=study.name, title_justify="left")
-    for heading in ("trial", "state", "val loss", "test loss", "steps", "cost", "hyperparameters"):
-        table.add_column(heading, justify="left" if heading == "hyperparameters" else "right")
+    table = Table(title=study.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("trial", "state", "val loss", "test loss", "cost"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("chosen by the sampler")
     for record in study.trials:
         table.add_row(*_trial_row(record))
     return table
 
 
 def _trial_row(record: TrialRecord) -> Sequence[str]:
-    shown = record.hparams or record.params
-    text = "  ".join(f"{name}={value_text(value)}" for name, value in shown.items())
+    text = "  ".join(f"{name}={value_text(value)}" for name, value in record.params.items())
     return (
         str(record.number),
         record.state,
         number(record.metrics.get("val/loss")),
         number(record.metrics.get("test/loss")),
-        str(record.cost.steps),
         str(record.cost.equivalent_steps),
         str(record.failure) if record.failure else text,
     )
 
 
-def names_table(title: str, rows: Mapping[str, str]) -> Table:
+def names_table(rows: Mapping[str, str]) -> Table:
     """Names with one line about each."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table = Table(show_header=False, box=None, padding=(0, 1, 0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
     for name, line in rows.items():

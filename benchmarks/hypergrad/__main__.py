@@ -21,7 +21,14 @@ from pathlib import Path
 import torch
 
 from benchmarks.hypergrad import problems, scaling
-from benchmarks.hypergrad.environments import PEERS, ROOT, Environment, environment, set_up
+from benchmarks.hypergrad.environments import (
+    PEERS,
+    ROOT,
+    Environment,
+    cache_folder,
+    environment,
+    set_up,
+)
 from benchmarks.hypergrad.reference import reference
 from benchmarks.hypergrad.table import Conditions, Line, problem_table, render
 from benchmarks.hypergrad.worker import Job, Row, load
@@ -94,14 +101,15 @@ def _run(job: Job, where: Environment) -> list[Row]:
     """Run a worker; what goes wrong in it is a row too."""
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        worker = [where.python, "-m", "benchmarks.hypergrad.worker", json.dumps(asdict(job))]
+        # -P: the working folder would come before the peers that are named hypergrad too.
+        module = [where.python, "-P", "-m", "benchmarks.hypergrad.worker"]
+        worker = [*module, json.dumps(asdict(job))]
         # A compile cache of its own: the first call of a compiled method shall be a cold one.
         variables = {**where.variables(), "TORCHINDUCTOR_CACHE_DIR": folder}
         try:
             done = subprocess.run(
                 [*worker, answer],
                 env=variables,
-                cwd=ROOT,
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT,
@@ -119,7 +127,6 @@ def _measured_scaling(where: Environment, repeats: int) -> str:
     done = subprocess.run(
         [where.python, "-m", "benchmarks.hypergrad.scaling", str(repeats)],
         env=where.variables(),
-        cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -172,8 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--eager", action="store_true", help="leave out methods that compile")
     add("--setup", nargs="?", const="all", help="create the environments of the peers, or of some")
     add("--hypertorch", type=Path, help="a clone of prolearner/hypertorch (not on PyPI)")
-    default = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "bilevel-benchmarks")
-    add("--cache", type=Path, default=default, help="references and environments")
+    add("--cache", type=Path, default=cache_folder(), help="references and environments")
     output = ROOT / "benchmarks" / "results" / "hypergrad.md"
     add("--output", type=Path, default=output, help="where the page goes")
     return parser

@@ -15,10 +15,15 @@ from benchmarks.hypergrad import peers
 from benchmarks.hypergrad.library import Library
 from benchmarks.hypergrad.worker import load
 
-__all__ = ["PEERS", "Environment", "environment", "set_up"]
+__all__ = ["PEERS", "ROOT", "Environment", "cache_folder", "environment", "set_up"]
 
 PEERS = sorted(module.name for module in pkgutil.iter_modules(peers.__path__))
 ROOT = Path(__file__).parents[2]
+
+
+def cache_folder() -> Path:
+    """Return where references and environments are kept, unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "bilevel-benchmarks").expanduser()
 
 
 @dataclass(frozen=True)
@@ -38,12 +43,14 @@ class Environment:
     def variables(self) -> dict[str, str]:
         """Return the environment variables: one thread everywhere, our folder on the path."""
         path = [str(p) for p in (self.first, ROOT) if p is not None]
-        threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS", "NPROC")}
+        threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "MKL", "OPENBLAS")}
         return {
             **os.environ,
             **threads,
             "PYTHONPATH": os.pathsep.join(path),
             "PYTHONWARNINGS": "ignore",
+            "NPROC": "1",  # threads of JAX
+            "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
             "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import math
 import os
 import resource
 import time
@@ -24,14 +25,27 @@ def cpu_time(run: Callable[[], object]) -> float:
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, warm_ups: int = 1
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    budget: float = math.inf,
+    warm_ups: int = 1,
 ) -> dict[str, list[float]]:
-    """Return the CPU times of each run, one after the other in each repeat."""
+    """Return the CPU times of each run, one after the other in each repeat.
+
+    Args:
+        runs: by name.
+        repeats: at most this many.
+        budget: seconds after which no further repeat starts, once there have been three.
+        warm_ups: runs before the first repeat.
+    """
     for _ in range(warm_ups):
         for run in runs.values():
             run()
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
+    begin = time.process_time()
+    for repeat in range(repeats):
+        if repeat >= 3 and time.process_time() - begin > budget:
+            break
         for name, run in runs.items():
             times[name].append(cpu_time(run))
     return times

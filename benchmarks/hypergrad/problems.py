@@ -16,7 +16,17 @@ from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["NAMES", "Batch", "Rule", "Setting", "Stationary", "Training", "make"]
+__all__ = [
+    "NAMES",
+    "RIDGE_P1",
+    "RIDGE_P3",
+    "Batch",
+    "Rule",
+    "Setting",
+    "Stationary",
+    "Training",
+    "make",
+]
 
 Named = Mapping[str, Tensor]
 
@@ -256,13 +266,13 @@ _LABEL = {"sgd": "SGD with momentum", "adam": "Adam"}
 
 # Implicit problems: at the minimum of a regularized loss.
 
-_RIDGE = 1e-3
+RIDGE_P1 = 1e-3
 
 
 def _feature_penalty(named: Named, hparams: Named) -> Tensor:
     """A penalty for each feature, exp(h); a small fixed one keeps the biases unique."""
     weight, bias = named["0.weight"], named["0.bias"]
-    return 0.5 * ((hparams["log_penalty"].exp() * weight * weight).sum() + _RIDGE * (bias @ bias))
+    return 0.5 * ((hparams["log_penalty"].exp() * weight * weight).sum() + RIDGE_P1 * (bias @ bias))
 
 
 def _p1a() -> Stationary:
@@ -305,10 +315,10 @@ def _weighted(outputs: Tensor, hparams: Named, batch: Batch) -> Tensor:
 
 
 def _ridge(named: Named, hparams: Named) -> Tensor:
-    return 0.5 * _P3_RIDGE * torch.stack([p.square().sum() for p in named.values()]).sum()
+    return 0.5 * RIDGE_P3 * torch.stack([p.square().sum() for p in named.values()]).sum()
 
 
-_P3_RIDGE = 3e-3
+RIDGE_P3 = 3e-3
 
 
 def _p3() -> Stationary:

@@ -40,7 +40,7 @@ class Conditions:
         return (
             f"Command: `{self.command}`. torch {torch.__version__}, Python "
             f"{platform.python_version()}, {_processor()}, {os.cpu_count()} cores, one thread, "
-            f"load average {self.load[0]:.1f} to {self.load[1]:.1f}, {self.repeats} repeats."
+            f"load average {self.load[0]:.1f} to {self.load[1]:.1f}, up to {self.repeats} repeats."
         )
 
 

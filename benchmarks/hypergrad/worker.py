@@ -22,6 +22,10 @@ from benchmarks.hypergrad.reference import flat, reference, relative_error
 __all__ = ["Job", "Row", "load", "work"]
 
 
+BUDGET = 20.0
+"""Seconds of timed repeats for a library on a problem; three repeats are made in any case."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What to measure.
@@ -29,7 +33,7 @@ class Job:
     Attributes:
         library: file of the library: "ours", or a name in peers/.
         problem: one of `problems.NAMES`.
-        repeats: timed repeats, after one that warms up.
+        repeats: timed repeats at most, after one that warms up.
         steps: replaces the number of steps of the problem.
         compiled: measure methods that compile.
         memory: measure extra peak memory.
@@ -116,7 +120,7 @@ def work(job: Job) -> list[Row]:
 
     for name, method in methods(torch.float64).items():
         with _reported(rows[name]):
-            chosen = single[name] if method.single or method.compiles else method
+            chosen = single[name] if method.single else method
             grads = flat([g.detach() for g in chosen.run()])
             rows[name].single = chosen is single[name]
             rows[name].error = min(relative_error(grads, a) for a in known["accepted"])
@@ -125,7 +129,7 @@ def work(job: Job) -> list[Row]:
 
     runs = {n: m.run for n, m in single.items() if rows[n].failure is None}
     unit = GRADIENTS if isinstance(problem, Stationary) else 1
-    times = measure.interleaved({"": yardstick, **runs}, job.repeats)
+    times = measure.interleaved({"": yardstick, **runs}, job.repeats, BUDGET)
     for name in runs:
         row = rows[name]
         row.plain_ms, row.ms = (1e3 * min(times[n]) / u for n, u in (("", unit), (name, 1)))

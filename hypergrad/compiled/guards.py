@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from hypergrad.swap import Swap
+
 __all__ = ["Guards"]
 
 _VALUES = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
@@ -62,6 +64,8 @@ class Guards:
                 self._enter(part)
         elif isinstance(value, nn.Module):
             self._watch_module(value)
+        elif isinstance(value, Swap):  # how `module_problem` refers to its module
+            self._enter(value.module)
         elif isinstance(value, list | tuple):
             self._watch(lambda: tuple(value))
             for part in value:

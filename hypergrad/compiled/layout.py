@@ -12,7 +12,7 @@ from torch import Tensor
 from hypergrad.compiled.report import CannotCompileError
 from hypergrad.tree import Leaves, Tree
 
-__all__ = ["Groups", "Layout", "ParamsLayout", "TensorSpec", "split_params", "specs", "split_tree"]
+__all__ = ["Groups", "Layout", "ParamsLayout", "TensorSpec", "specs", "split_params", "split_tree"]
 
 _STATIC = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,18 +18,20 @@ from hypergrad.compiled.session import Arguments, Session
 from hypergrad.estimator import Hypergradient
 from hypergrad.memory import SHARE, fitting_length, free_bytes, nbytes
 from hypergrad.optimizers.base import State
-from hypergrad.optimizers.flat import flatten
+from hypergrad.optimizers.flat import flatten, widen
 from hypergrad.optimizers.values import constants
 from hypergrad.outer import outer_gradients, total_gradient
+from hypergrad.problem import Problem
 from hypergrad.status import Status
 from hypergrad.tape import Adjoint, Record, Tape, accumulate
 from hypergrad.training import Loop, UnrolledState, check_optimizer, detached
-from hypergrad.tree import hyper_leaves, trainable_leaves
+from hypergrad.trajectory import Pulled
+from hypergrad.tree import Leaves, hyper_leaves, trainable_leaves
 
 if TYPE_CHECKING:
     from hypergrad.unrolled import Unrolled
 
-__all__ = ["unrolled"]
+__all__ = ["NotFiniteError", "Run", "unrolled"]
 
 CHUNKS = range(5, 9)
 """Lengths of a chunk to choose from: longer ones take longer to compile than they save."""
@@ -65,7 +67,7 @@ class _Group:
     pieces: list[_Piece]
 
 
-class _NotFiniteError(Exception):
+class NotFiniteError(Exception):
     """Something to be found by the eager call."""
 
 
@@ -73,28 +75,39 @@ def unrolled(
     estimator: Unrolled, arguments: Arguments, session: Session
 ) -> tuple[Hypergradient, UnrolledState] | None:
     """Differentiate through the inner optimization by compiled chunks; see `Compute`."""
+    leaves, hyper = trainable_leaves(arguments.params), hyper_leaves(arguments.hparams)
+    level = (arguments.problem, leaves, hyper, arguments.inner_batch, arguments.state["optimizer"])
     try:
-        return _Run(estimator, arguments, session).hypergradient()
-    except _NotFiniteError:
+        run = Run(estimator, *level, session=session)
+        return run.hypergradient(arguments.outer_batch)
+    except NotFiniteError:
         return None
 
 
-class _Run:
+class Run:
     """One call of `Unrolled`."""
 
-    def __init__(self, estimator: Unrolled, arguments: Arguments, session: Session) -> None:
-        self.estimator, self.arguments, self.session = estimator, arguments, session
+    def __init__(
+        self,
+        estimator: Unrolled,
+        problem: Problem,
+        leaves: Leaves,
+        hyper: Leaves,
+        inner_batch: Any,
+        optimizer_state: State | None,
+        session: Session,
+    ) -> None:
+        self.estimator, self.hyper, self.session = estimator, hyper, session
         optimizer = check_optimizer("Unrolled", estimator.optimizer)
-        leaves, self.hyper = trainable_leaves(arguments.params), hyper_leaves(arguments.hparams)
         with torch.enable_grad():
             self.values = optimizer.resolve(self.hyper.tree(), leaves)
         fixed, h = constants(self.values), detached(self.hyper)
-        self.loop = Loop(arguments.problem, leaves, h, optimizer, fixed, arguments.inner_batch)
+        self.loop = Loop(problem, leaves, h, optimizer, fixed, inner_batch)
         self.tape = Tape(self.loop, self.hyper)
         self.first = estimator.steps - (estimator.truncation or estimator.steps)
         self.length = _length(estimator.compile, estimator.steps - self.first)
 
-        flat, state = self.loop.start(arguments.state["optimizer"])
+        flat, state = self.loop.start(optimizer_state)
         if flat.dtype not in (torch.float32, torch.float64):
             raise CannotCompileError(f"inductor rounds {flat.dtype} differently from eager")
         state = settled(optimizer, flat, state, self.values)
@@ -103,12 +116,13 @@ class _Run:
         self.chunks: dict[Layout, Chunk] = {}
         self.shared: tuple[list[Tensor], Layout] | None = None
         value_form = ValueForm.of(self.values, fixed)
-        _, constant, params = split_params(arguments.params)
-        hyper, hyper_layout = split_tree(h.tree(), "hparams", tie=False)
-        self.given = Given([flat], [], value_form.pack(fixed, flat.device), constant, hyper, [])
+        _, constant, params = split_params(leaves.tree())
+        h_tensors, hyper_layout = split_tree(h.tree(), "hparams", tie=False)
+        packed = value_form.pack(fixed, flat.device)
+        self.given = Given([flat], [], packed, constant, h_tensors, [])
         self.form = Form(
             self.length,
-            not callable(arguments.inner_batch),
+            not callable(inner_batch),
             optimizer_key(optimizer),
             params,
             hyper_layout,
@@ -117,18 +131,40 @@ class _Run:
             value_form,
         )
 
-    def hypergradient(self) -> tuple[Hypergradient, UnrolledState]:
+    def hypergradient(self, outer_batch: Any) -> tuple[Hypergradient, UnrolledState]:
         """Run forward, differentiate the outer loss, and pull back."""
+        flat, state = self.forward()
+        at, problem = self.loop.at(flat), self.loop.problem
+        value, w_bar, direct = outer_gradients(problem, at, self.hyper, outer_batch)
+        pulled = self.pullback(flatten(w_bar))
+        steps, window = self.estimator.steps, self.estimator.steps - self.first
+        hypergradient = Hypergradient(
+            value=value,
+            grad=total_gradient(self.hyper, direct, pulled.hyper, ", nor the optimizer"),
+            params=self.loop.params(flat),
+            residual=None,
+            error_bound=None,
+            n_hvp=window,
+            n_grad=steps + 1 + self.recomputed,
+            status=Status.EXACT if window == steps else Status.APPROXIMATE,
+        )
+        return hypergradient, {"optimizer": state}
+
+    def forward(self) -> tuple[Tensor, State]:
+        """Take all steps; returns w_T and the state of the optimizer.
+
+        Raises:
+            CannotCompileError: no step runs compiled, or a program cannot be made.
+        """
         steps, flat, state = self.estimator.steps, self.flat, self.state
-        n_grad = steps + 1
         for piece in self._plan(0, self.first):
             flat, state = self._forward(piece, flat, state, record=False)
-        groups: list[_Group] = []
+        self.groups: list[_Group] = []
         pieces = list(self._plan(self.first, steps))
         length: int | None = None
         while pieces:
             group = _Group(flat, state, [])
-            groups.append(group)
+            self.groups.append(group)
             while pieces and (length is None or len(group.pieces) < length):
                 piece = pieces.pop(0)
                 flat, state = self._forward(piece, flat, state, record=True)
@@ -138,36 +174,25 @@ class _Run:
             if pieces:
                 for piece in group.pieces:
                     piece.kept, piece.records = [], []
-
-        at = self.loop.at(flat)
-        value, w_bar, direct = outer_gradients(
-            self.loop.problem, at, self.hyper, self.arguments.outer_batch
-        )
-        adjoint = Adjoint(self.tape, self.values, flatten(w_bar))
-        while groups:
-            group = groups.pop()
-            if not (group.pieces[-1].kept or group.pieces[-1].records):
-                n_grad += group.pieces[-1].end - group.pieces[0].begin
-                self._again(group)
-            while group.pieces:
-                self._pull(group.pieces.pop(), adjoint)
         if not self.chunks:
             raise CannotCompileError(
                 f"no {self.length} consecutive steps have batches of one shape and a settled "
                 'optimizer state; compile="step" needs one'
             )
-        window = steps - self.first
-        hypergradient = Hypergradient(
-            value=value,
-            grad=total_gradient(self.hyper, direct, adjoint.indirect(), ", nor the optimizer"),
-            params=self.loop.params(flat),
-            residual=None,
-            error_bound=None,
-            n_hvp=window,
-            n_grad=n_grad,
-            status=Status.EXACT if window == steps else Status.APPROXIMATE,
-        )
-        return hypergradient, {"optimizer": self.form.state.plain(state)}
+        return flat, self.form.state.plain(state)
+
+    def pullback(self, w_bar: Tensor) -> Pulled:
+        """Walk back from w̄, once."""
+        adjoint = Adjoint(self.tape, self.values, widen(w_bar))
+        self.recomputed = 0
+        while self.groups:
+            group = self.groups.pop()
+            if not (group.pieces[-1].kept or group.pieces[-1].records):
+                self.recomputed += group.pieces[-1].end - group.pieces[0].begin
+                self._again(group)
+            while group.pieces:
+                self._pull(group.pieces.pop(), adjoint)
+        return Pulled(adjoint.indirect(), adjoint.flat_bar)
 
     def _plan(self, begin: int, end: int) -> Iterator[_Piece]:
         """Yield the steps that fill no chunk, and then chunks."""
@@ -193,7 +218,7 @@ class _Run:
         piece.chunk = self._chunk(layout, given)
         (flat, *ends, piece.losses, finite), kept = piece.chunk.forward(given.tensors)
         if not finite:
-            raise _NotFiniteError
+            raise NotFiniteError
         piece.kept = kept if record else []
         return flat, self.form.state.unpack(ends)
 
@@ -259,7 +284,7 @@ class _Run:
             before = piece.losses
             flat, state = self._forward(piece, flat, state, record=True)
             if not torch.equal(before, piece.losses):
-                raise _NotFiniteError  # the eager call names the step whose loss differs
+                raise NotFiniteError  # the eager call names the step whose loss differs
         self.session.eager_steps = counted
 
     def _pull(self, piece: _Piece, adjoint: Adjoint) -> None:
@@ -273,7 +298,7 @@ class _Run:
         found = list(piece.chunk.backward([*piece.kept, flat_bar, *state_bars]))
         adjoint.flat_bar, ends, finite = found[0], found[1 : 1 + len(names)], found[1 + len(names)]
         if not finite:
-            raise _NotFiniteError
+            raise NotFiniteError
         adjoint.state_bar = dict(zip(names, ends, strict=True))
         rest = iter(found[2 + len(names) :])
         for key in tuned:

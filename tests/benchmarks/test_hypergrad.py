@@ -16,7 +16,7 @@ from benchmarks.hypergrad.reference import conjugate_gradients, reference
 from benchmarks.hypergrad.worker import Job, load, work
 
 
-@pytest.mark.parametrize("name", ["P1a", "P2-sgd", "P2-adam", "P4-sgd"])
+@pytest.mark.parametrize("name", ["P1a", "P2-sgd", "P4-adam"])
 def test_ours_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     job = Job("ours", name, 1, steps=3, compiled=False, memory=False, cache=str(tmp_path))
     rows = work(job)

@@ -226,3 +226,8 @@ def test_bad_settings(settings: dict[str, Any]) -> None:
 def test_bad_until(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"Until: {next(iter(settings))}"):
         Until(**{"grad_norm": 1e-3, **settings})
+
+
+def test_an_estimator_is_needed() -> None:
+    with pytest.raises(TypeError, match=r"Descent: estimator must be .* but got 'implicit'"):
+        Descent("implicit")  # type: ignore[arg-type]

@@ -130,7 +130,7 @@ def test_bounded_hyperparameters_reach_an_optimum_inside_the_bounds() -> None:
     bound = 1.2 * float(Quadratic().best.abs().max())
     problem = Quadratic(4, noise=0.1, bound=bound)
     inner = problem.inner()
-    run(SABA(0.5, 0.12), inner, 800)
+    run(SABA(0.5, 0.3), inner, 500)
     torch.testing.assert_close(inner.hparams["h"].detach(), problem.best, rtol=0, atol=1e-4)
 
 

@@ -182,6 +182,7 @@ def test_an_inner_level_is_left_at_the_result() -> None:
          "budget: 1 steps do not cover one outer step, which takes 5"),
         ({"evaluate_every": 0}, ValueError, "evaluate_every must be at least 1, but got 0"),
         ({"checkpoint_every": -1}, ValueError, "checkpoint_every must be at least 0 s"),
+        ({"algorithm": Implicit()}, TypeError, r"algorithm must be .* but got Implicit\("),
         ({"subject": 3}, TypeError, "subject must be a learner .* but got int"),
         ({"space": None}, ValueError, "give the hyperparameters"),
         ({"space": Space(a=Grad(1.0), penalty=Grad(1.0))}, ValueError, r"hparams\['a'\]"),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from hypergrad import CG, GGN, Hessian, Implicit, Problem
+from hypergrad import CG, GGN, Curvature, Hessian, Implicit, Problem
 from hypergrad.tree import hyper_leaves, trainable_leaves
 from tests.hypergrad.problems import CASES, trained
 
@@ -128,3 +128,16 @@ def test_cross_product_is_the_mixed_derivative() -> None:
     # log_wd['b1']: f has exp(h) w², so ∂²f/∂w∂h = 2 exp(h) w on the diagonal.
     h, w = case.hparams["log_wd"]["b1"].detach(), case.params["b1"].detach()
     assert torch.allclose(found, 2 * h.exp() * w * q[:5], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "operator", [Hessian(), GGN(outputs, criterion, penalty)], ids=["Hessian", "GGN"]
+)
+def test_no_grad_around_a_call_changes_nothing(operator: Curvature) -> None:
+    def found() -> list[Tensor]:
+        point = operator.at(PROBLEM, trainable_leaves(PARAMS), hyper_leaves(HPARAMS), X)
+        return [point.matvec(FLAT), *point.cross(FLAT)]
+
+    expected = found()
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(found(), expected, strict=True))

@@ -18,6 +18,7 @@ from hypergrad import (
     CG,
     SGD,
     FiniteDifference,
+    FixedPoint,
     Hyper,
     Identity,
     Implicit,
@@ -66,13 +67,26 @@ def pruned() -> nn.Module:
     return net
 
 
+class Noisy(nn.Module):
+    """Draws from a generator of its own, the same numbers each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.generator = nn.Linear(6, 3), torch.Generator()
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.randn(x.shape, generator=self.generator.manual_seed(1), dtype=x.dtype)
+        out: Tensor = self.layer(x + 0.1 * noise)
+        return out
+
+
 def frozen() -> nn.Module:
     net = mlp()
     net[0].requires_grad_(False)
     return net
 
 
-MODULES = [mlp, batch_norm, parametrized, pruned, frozen, Tied, Attention, Recurrent]
+MODULES = [mlp, batch_norm, parametrized, pruned, frozen, Tied, Attention, Recurrent, Noisy]
 
 
 def build(make: Callable[[], nn.Module]) -> nn.Module:
@@ -286,6 +300,8 @@ def test_without_gradients_it_is_plain_training() -> None:
     implicit = Solver(model, decayed, torch.optim.SGD, **training, method=Implicit(), steps=6)
     unrolled = Solver(model, decayed, torch.optim.SGD, **training, method=Unrolled(steps=6))
     frozen = {k: h.detach() for k, h in hparams.items()}
+    with torch.no_grad(), pytest.raises(TypeError, match=r"hparams\['lr'\] must be a tensor"):
+        implicit(TRAIN, {"lr": 0.1})
     for solve in (implicit, unrolled):
         with torch.no_grad():
             fitted = solve(TRAIN, frozen)
@@ -444,6 +460,53 @@ def test_a_solver_keeps_no_graph() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
+def test_compiled_implicit_pullbacks() -> None:
+    model = build(mlp)
+    found = []
+    for mode in ("off", "solve"):
+        hparams = decays(model, 1.0)
+        method = Implicit(CG(rtol=1e-10), compile=mode)  # type: ignore[arg-type]
+        training = {"lr": 0.1, "momentum": 0.9, "method": method, "steps": 50}
+        solve = Solver(model, decayed, torch.optim.SGD, **training)
+        for _ in range(2):
+            task(solve(TRAIN, hparams), VAL).backward()
+        found.append([h.grad for h in hparams.values()])
+        assert solve.report is not None
+        if mode == "solve":
+            assert solve.report.compiled is not None
+            assert solve.report.compiled.reason is None
+            assert solve.report.compiled.cached
+    torch.testing.assert_close(*found, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_hparams", [True, False])
+def test_compiled_unrolled_pullbacks(with_hparams: bool) -> None:
+    model = build(mlp)
+    found = []
+    for mode in ("off", "step"):
+        hparams = {"lr": torch.tensor(0.1, dtype=torch.float64, requires_grad=True)}
+        rule: dict[str, Any] = {"lr": Hyper("lr") if with_hparams else 0.1, "momentum": 0.9}
+        method = Unrolled(steps=4, compile=mode)  # type: ignore[arg-type]
+        solve = Solver(model, task, torch.optim.SGD, **rule, method=method)
+        model.zero_grad()
+        for _ in range(2):
+            fitted = solve(TRAIN, hparams) if with_hparams else solve(TRAIN)
+            task(fitted, VAL).backward()
+        leaves = [*model.parameters(), *(hparams.values() if with_hparams else [])]
+        found.append([leaf.grad for leaf in leaves])
+        assert solve.report is not None
+        if mode == "step":
+            assert solve.report.compiled is not None
+            assert solve.report.compiled.reason is None
+            assert solve.report.compiled.cached
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-14)
+
+
+FIXED = FixedPoint(lambda params, hparams, batch: params)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -457,6 +520,7 @@ def test_a_solver_keeps_no_graph() -> None:
         ({"method": FiniteDifference()}, r"method must be Unrolled\(...\) or Implicit\(...\)"),
         ({"method": Unrolled(SGD(), steps=3)}, "optimizer is given twice"),
         ({"steps": 3}, r"without steps=3"),
+        ({"method": Implicit(operator=FIXED), "steps": 3}, "FixedPoint is not what an optimizer"),
         ({"method": Implicit()}, "say how long to train"),
         ({"method": Implicit(), "steps": 0}, "at least 1, but got 0"),
         ({"method": Implicit(), "steps": 3, "grad_norm": -1.0}, "must be positive, but got -1.0"),
