@@ -20,5 +20,7 @@ from .metrics import RunStatus as RunStatus
 from .problem_inner import ProblemInner as ProblemInner
 from .result import Result as Result
 from .schedule import Schedule as Schedule
+from .self_tuning import ModuleInner as ModuleInner
+from .self_tuning import SelfTuning as SelfTuning
 from .space import Space as Space
 from .tune import tune as tune
