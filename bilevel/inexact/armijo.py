@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel.algorithm import OuterStep
 from bilevel.inexact.base import InexactAlgorithm, InexactState, certified, diverged, positive
+from bilevel.inexact.bounds import rounding
 from bilevel.inexact.constants import VALUE
 from bilevel.inexact.hypergradient import (
     InexactHypergradient,
@@ -235,17 +236,16 @@ class FixedAccuracy(InexactAlgorithm):
     def _floor(
         self, found: InexactHypergradient, outcome: Outcome | None, good: bool
     ) -> str | None:
-        """Say that rounding leaves no more accuracy, where it does."""
+        """Say that the step is zero, or that rounding leaves no more accuracy, where it does."""
+        if outcome is not None and outcome.stationary:
+            return "converged: the projected step is zero, all moving coordinates are at a bound"
+        dtype, eps = found.z.dtype, float(found.eps.max())
+        if outcome is not None and outcome.hidden:
+            return f"accuracy floor: rounding in {dtype} hides the differences of f that are left"
         solve = found.solve_status is Status.STALLED
-        adjoint = found.adjoint.status is Status.STALLED
-        if (solve and (good or adjoint)) or (outcome is not None and outcome.stationary):
-            if outcome is not None and outcome.stationary:
-                return "converged: the projected step is zero, all moving coordinates at a bound"
-            return (
-                f"accuracy floor: rounding in {found.z.dtype} stops the lower level at "
-                f"ε = {float(found.eps.max()):.3g}, and "
-                + ("no step passes" if good else "the descent test fails")
-            )
+        if solve and (good or found.adjoint.status is Status.STALLED):
+            what = "no step passes" if good else "the descent test fails"
+            return f"accuracy floor: rounding in {dtype} stops ε at {eps:.3g}, and {what}"
         return None
 
     def _first_alpha(self, found: InexactHypergradient, theta: Tensor, search: Any) -> float:
@@ -272,6 +272,7 @@ class FixedAccuracy(InexactAlgorithm):
         """Backtrack until ψ ≤ 0, the trials are spent, or the work of this outer step is."""
         level = tools.level
         alpha = self._first_alpha(found, theta, search)
+        noise, move = rounding(found.outer.values), 0.0
         reference = found.lower
         if self.nonmonotone and search["reference"] is not None:
             reference = max(reference, search["reference"])
@@ -290,4 +291,5 @@ class FixedAccuracy(InexactAlgorithm):
                 return Outcome(trial, alpha=alpha, tried=tried + 1)
             alpha *= self.rho
         search |= {"tried": 0, "trial_alpha": None, "failures": search["failures"] + 1}
-        return Outcome()
+        exact = found.upper - found.lower <= 4 * noise
+        return Outcome(hidden=exact and move**2 / (alpha / self.rho) <= 16 * noise)

@@ -105,7 +105,7 @@ class Smoothness:
                     raise ValueError(f"Smoothness: every must be at least 1, but got {value!r}.")
             elif not (value is None or callable(value) or isinstance(value, bool)):
                 least = None if field.name in {"mu", "L"} else 0.0
-                _check(field.name, torch.as_tensor(float(value)), None, least)
+                _check(field.name, torch.tensor(float(value), dtype=torch.float64), None, least)
 
     def estimates(self, needed: Collection[str], direct: bool) -> frozenset[str]:
         """Return which of the needed constants are not given.
@@ -160,7 +160,7 @@ class Smoothness:
                 found[name] = x.new_zeros(level.samples)
                 continue
             value = rule(hparams, params) if callable(rule) else rule
-            given = torch.as_tensor(value).detach().to(x).expand(level.samples)
+            given = _tensor(value, x).expand(level.samples)
             scale = stretch if name in needed_in_theta else 1.0
             least = None if name in {"mu", "L"} else 0.0
             found[name] = _check(name, given * scale, hparams, least)
@@ -173,14 +173,14 @@ class Smoothness:
                 made = probes.estimate(level, x, theta, guesses)
                 remembered |= {"guesses": made, "until": level.outer_step + self.every}
             for name in guesses:
-                guess = torch.as_tensor(remembered["guesses"][name])
+                guess = _tensor(remembered["guesses"][name], x)
                 if name == "mu" and not guess > 0:
                     raise NotStronglyConvexError(
                         f"mu: the smallest curvature of the inner loss was estimated as "
                         f"{float(guess):.3g}, but it must be strongly convex; add a quadratic "
                         "penalty, or give mu."
                     )
-                found[name] = guess.to(x).expand(level.samples)
+                found[name] = guess.expand(level.samples)
         if "jacobian" in missing and point is not None:
             sizes, exact, v = probes.jacobian_norm(level, point, remembered.get("v"))
             found["jacobian"] = sizes
@@ -191,7 +191,7 @@ class Smoothness:
         if "L_Hinv" in needed and "L_Hinv" not in found:
             rule = self.L_H
             value = rule(hparams, params) if callable(rule) else rule
-            given = torch.as_tensor(value).detach().to(x).expand(level.samples)
+            given = _tensor(value, x).expand(level.samples)
             found["L_Hinv"] = _check("L_H", given, hparams, 0.0) / found["mu"].square()
         if "L" not in missing and "mu" not in missing:
             low = found["L"] < found["mu"] * (1 - 1e-6)
@@ -205,6 +205,12 @@ class Smoothness:
         names = [f.name for f in fields(Constants)][:7]
         numbers = {name: found.get(name, zero) for name in names}
         return Constants(**numbers, g_convex=self.g_convex, estimated=missing), remembered
+
+
+def _tensor(value: float | Tensor, like: Tensor) -> Tensor:
+    """Return a constant as a tensor; a number keeps all its digits until the end."""
+    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+    return tensor.detach().to(like)
 
 
 def _check(

@@ -45,6 +45,7 @@ class Outcome:
         tried: trials up to it, itself included.
         waiting: whether the work of the outer step ran out before the trials did.
         stationary: whether the projected step is zero.
+        hidden: whether rounding of g is as large as the decrease that the last trial could have.
     """
 
     trial: Trial | None = None
@@ -52,6 +53,7 @@ class Outcome:
     tried: int = 0
     waiting: bool = False
     stationary: bool = False
+    hidden: bool = False
 
 
 def try_point(

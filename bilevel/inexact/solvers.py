@@ -87,8 +87,9 @@ class FISTA(LowerSolver):
             level.steps += 1
             _, gradient = level.slope(y, theta)
             norms = _norms(gradient)
-            better = norms < best
-            since = 0 if bool((norms < 0.99 * best)[best > goal].any()) else since + 1
+            left = best > goal  # a row that has reached its goal stays as it is
+            better = left & (norms < best)
+            since = 0 if bool((left & (norms < 0.99 * best)).any()) else since + 1
             best_y = torch.where(better[:, None], y, best_y)
             best = torch.where(better, norms, best)
             if bool((best <= goal).all()):

@@ -123,7 +123,7 @@ def test_convexity_makes_the_lower_bound_tighter() -> None:
     other, same = value_bounds(replace(constants, g_convex=False), eps, values, norms)
     assert upper == same
     assert lower - other == pytest.approx(0.5 * float(constants.L_g) * 0.25)
-    assert lower == pytest.approx(2.0 - 1.5)
+    assert lower == pytest.approx(2.0 - 1.5, rel=1e-12)
 
 
 @pytest.mark.parametrize("problem", ["quadratic", "softmax", "variation"])

@@ -37,7 +37,7 @@ def quadratic(
         A2: shape (q, n), of full column rank.
         A3: shape (q, d).
         b2: shape (q,).
-        theta: initial θ (d,); ones by default.
+        theta: initial θ (d,); that of the space by default, or ones.
         x: initial x (n,); zeros by default.
         space: domain of "theta"; unbounded by default.
 
@@ -71,11 +71,12 @@ def quadratic(
         g_convex=True,
     )
     start = torch.zeros(n, dtype=A2.dtype) if x is None else x.detach().clone()
-    first = torch.ones(d, dtype=A2.dtype) if theta is None else theta
+    if theta is None and space is None:
+        theta = torch.ones(d, dtype=A2.dtype)
     return SmoothInner(
         Problem(inner_loss, outer_loss),
         {"x": start.requires_grad_()},
         smoothness,
-        hparams={"theta": first.detach().clone()},
+        hparams=None if theta is None else {"theta": theta.detach().clone()},
         space=space,
     )
