@@ -84,6 +84,8 @@ class Smoothness:
         L_direct: Lipschitz constant in x of ∂g/∂h; needed where g depends on h directly.
         g_convex: whether g is convex in x, which makes value bounds tighter.
         every: outer steps between two estimates.
+        assumed: names of constants that are given but no bounds, such as the penalty as μ of a
+            network; they certify as little as estimates.
     """
 
     mu: Rule | None = None
@@ -96,11 +98,16 @@ class Smoothness:
     L_direct: Rule | None = None
     g_convex: bool = False
     every: int = 10
+    assumed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name == "every":
+            if field.name == "assumed":
+                unknown = set(value) - {f.name for f in fields(self)}
+                if unknown:
+                    raise ValueError(f"Smoothness: assumed names no constant {sorted(unknown)}.")
+            elif field.name == "every":
                 if value < 1:
                     raise ValueError(f"Smoothness: every must be at least 1, but got {value!r}.")
             elif not (value is None or callable(value) or isinstance(value, bool)):
@@ -188,7 +195,7 @@ class Smoothness:
                 missing -= {"jacobian"}
             else:
                 remembered["v"] = v
-        if "L_Hinv" in needed and "L_Hinv" not in found:
+        if "L_Hinv" in needed and "L_Hinv" not in found and self.L_H is not None:
             rule = self.L_H
             value = rule(hparams, params) if callable(rule) else rule
             given = _tensor(value, x).expand(level.samples)
@@ -204,7 +211,8 @@ class Smoothness:
         zero = x.new_zeros(level.samples)
         names = [f.name for f in fields(Constants)][:7]
         numbers = {name: found.get(name, zero) for name in names}
-        return Constants(**numbers, g_convex=self.g_convex, estimated=missing), remembered
+        doubtful = missing | {name for name in self.assumed if name in needed}
+        return Constants(**numbers, g_convex=self.g_convex, estimated=doubtful), remembered
 
 
 def _tensor(value: float | Tensor, like: Tensor) -> Tensor:

@@ -70,8 +70,8 @@ def logistic_ridge(
         return F.cross_entropy(batch[0] @ params["W"], batch[1])
 
     def penalized(params: Any, hparams: Any, batch: Data) -> Tensor:
-        penalty = 0.5 * (hparams["theta"].exp() * params["W"].square()).sum()
-        return error_of(params, hparams, batch) + penalty
+        penalty: Tensor = hparams["theta"].exp() * params["W"].square()
+        return error_of(params, hparams, batch) + 0.5 * penalty.sum()
 
     squares, lengths = [], []
     for x, _ in (train, val):
