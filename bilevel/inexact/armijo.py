@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -173,7 +173,7 @@ class FixedAccuracy(InexactAlgorithm):
         if stop is not None:
             status = RunStatus.CONVERGED if converged else RunStatus.LINESEARCH
         used = (self._needed | {"mu", "L_g"}) - {"L"}
-        sure = certified(found.constants, frozenset(used), found)
+        sure = not self.damping and certified(found.constants, frozenset(used), found)
         extra = {
             "eps": search["eps"], "delta": search["delta"], "alpha": search["alpha"] or 0.0,
             "accepted": 0.0, "tried": float(search["tried"]), "z_norm": found.norm,
@@ -213,7 +213,7 @@ class FixedAccuracy(InexactAlgorithm):
     def _within(self, tools: Tools) -> Tools:
         """Return the tools with the cap that is left of this outer step's work."""
         left = max(1, min(self.lower_cap, self.work - tools.level.steps))
-        return Tools(tools.level, tools.solver, tools.smoothness, left, tools.adjoint_cap)
+        return replace(tools, lower_cap=left)
 
     def _converged(
         self, tools: Tools, found: InexactHypergradient, theta: Tensor, error: float | None

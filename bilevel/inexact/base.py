@@ -58,6 +58,8 @@ class InexactAlgorithm(OuterAlgorithm[InexactState]):
             bounds, with projection.
         lower_cap: most gradients of one lower-level solve.
         adjoint_cap: most Hessian-vector products of one adjoint solve.
+        damping: added to the Hessian in the adjoint systems, for lower levels that are not
+            convex; it biases z, so nothing is certified with it.
 
     Raises:
         ValueError: an argument out of its range.
@@ -68,6 +70,7 @@ class InexactAlgorithm(OuterAlgorithm[InexactState]):
     coordinates: Coordinates = "unconstrained"
     lower_cap: int = 2000
     adjoint_cap: int = 1000
+    damping: float = 0.0
 
     def __post_init__(self) -> None:
         name = type(self).__name__
@@ -81,6 +84,11 @@ class InexactAlgorithm(OuterAlgorithm[InexactState]):
                 raise ValueError(
                     f"{name}: {cap} must be at least 1, but got {getattr(self, cap)!r}."
                 )
+
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(
+                f"{name}: damping must be finite and not negative, but got {self.damping!r}."
+            )
 
     def init(self, inner: Inner) -> InexactState:
         """See `OuterAlgorithm.init`.
@@ -119,7 +127,8 @@ class InexactAlgorithm(OuterAlgorithm[InexactState]):
             _warn_same_data(inner_batch, outer_batch)
         level = Level(inner, chart, inner_batch, outer_batch, state["step"], rows)
         smoothness = self.smoothness or getattr(inner, "smoothness", None) or Smoothness()
-        return Tools(level, self.solver, smoothness, self.lower_cap, self.adjoint_cap)
+        caps = self.lower_cap, self.adjoint_cap
+        return Tools(level, self.solver, smoothness, *caps, self.damping)
 
     def _adopt(self, inner: Inner, tools: Tools, x: Tensor, theta: Tensor) -> None:
         """Put the inner level at weights and hyperparameters."""

@@ -32,6 +32,7 @@ class Tools:
         smoothness: constants.
         lower_cap: most gradients of one lower-level solve.
         adjoint_cap: most products of one adjoint solve.
+        damping: added to the diagonal of the adjoint systems.
     """
 
     level: Level
@@ -39,6 +40,16 @@ class Tools:
     smoothness: Smoothness
     lower_cap: int
     adjoint_cap: int
+    damping: float = 0.0
+
+    def adjoint(self, point: Point, b: Tensor, target: Tensor | float, q: Tensor | None) -> Adjoint:
+        """Solve (H + damping · I) q = b to residuals of `target`, from q."""
+        return solve_adjoint(lambda v: self.product(point, v), b, target, q, self.adjoint_cap)
+
+    def product(self, point: Point, v: Tensor) -> Tensor:
+        """Return (H + damping · I) v."""
+        hv = point.hvp(v)
+        return torch.add(hv, v, alpha=self.damping) if self.damping else hv
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ def inexact_hypergradient(
     solved = tools.solver.solve(level, x, theta, constants, eps, tools.lower_cap)
     outer = level.outer(solved.x, theta)
     point = level.linearize(solved.x, theta)
-    adjoint = solve_adjoint(point.hvp, outer.gradient, delta, q, tools.adjoint_cap)
+    adjoint = tools.adjoint(point, outer.gradient, delta, q)
     z = outer.direct - point.cross(adjoint.q) / level.samples
     if not bool(torch.isfinite(z).all()):
         raise FloatingPointError("the hypergradient is not finite.")
@@ -173,7 +184,7 @@ def estimate_error(
         z - ∇f ≈ JᵀH⁻¹ (r - ∇²ₓₓg e + (DH[e]) q) - (DJ[e])ᵀ q,
 
     goal-oriented: what does not reach θ does not count.  On quadratics the terms in DH and DJ
-    vanish.  The direct part of the outer loss is left out.
+    vanish.  The direct part of the outer loss is left out, and so is what damping does to z.
 
     Args:
         tools: losses.
@@ -183,10 +194,10 @@ def estimate_error(
     """
     level, point = tools.level, found.point
     size = point.gradient.norm(dim=1)
-    away = solve_adjoint(point.hvp, point.gradient, rtol * size, None, tools.adjoint_cap)
+    away = tools.adjoint(point, point.gradient, rtol * size, None)
     in_x, in_theta = point.third(away.q, found.q)
-    r = found.outer.gradient - point.hvp(found.q)
+    r = found.outer.gradient - tools.product(point, found.q)
     b = r - level.outer_hvp(found.x, theta)(away.q) + in_x
-    pulled = solve_adjoint(point.hvp, b, rtol * b.norm(dim=1), None, tools.adjoint_cap)
+    pulled = tools.adjoint(point, b, rtol * b.norm(dim=1), None)
     error = (point.cross(pulled.q) - in_theta) / level.samples
     return ESTIMATE_FACTOR * float(error.double().norm())

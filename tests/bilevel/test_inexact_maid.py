@@ -327,6 +327,9 @@ def test_estimated_constants_are_never_certified() -> None:
     found = tune(inner, MAID(smoothness=Smoothness()), Budget(outer_steps=5))
     assert all(r["certified"] == 0.0 and r["error_bound"] is None for r in found.trace)
     assert LEAST.f(found.hparams["theta"]) < 0.8 * LEAST.f(torch.ones(4, dtype=DOUBLE))
+    assumed = replace(inner.smoothness, assumed=("mu",))
+    found = tune(LEAST.inner(), MAID(smoothness=assumed), Budget(outer_steps=2))
+    assert all(r["certified"] == 0.0 for r in found.trace)
     # Without the descent test, the decrease is certified by μ and L_g alone.
     part = Smoothness(mu=inner.smoothness.mu, L_g=inner.smoothness.L_g, g_convex=True)
     off = MAID(smoothness=part, descent_test="off", solver=LBFGS())
@@ -354,6 +357,10 @@ def test_a_hidden_negative_curvature_withdraws_the_certificate() -> None:
     assert report.estimate == "negative_curvature"
     assert report.extra["certified"] == 0.0
     assert report.error_bound is None
+    damped = MAID(eps=0.01, damping=1.0)
+    report, _ = damped.step(inner, damped.init(inner))
+    assert report.estimate == "converged"
+    assert report.extra["certified"] == 0.0
 
 
 Make = Callable[[], SmoothInner]

@@ -281,6 +281,8 @@ def test_bad_numbers_are_named() -> None:
         (lambda: MAID(work=100), "work must be at least 2 lower_cap = 4000"),
         (lambda: MAID(descent_test="on"), "descent_test must be one of .* but got 'on'"),
         (lambda: MAID(coordinates="cube"), "coordinates must be 'unconstrained' or 'box'"),
+        (lambda: MAID(damping=-1.0), "damping must be finite and not negative"),
+        (lambda: Smoothness(assumed=("nu",)), r"assumed names no constant \['nu'\]"),
         (lambda: MAID(lower_cap=0), "lower_cap must be at least 1"),
         (lambda: MAID(max_refinements=0), "max_refinements must be at least 1"),
         (lambda: MAID(eps_floor=-1.0), "eps_floor must be finite and positive"),
