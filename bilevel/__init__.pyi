@@ -12,6 +12,12 @@ from .domains import Float as Float
 from .domains import Grad as Grad
 from .domains import Int as Int
 from .domains import Switch as Switch
+from .inexact import HOAG as HOAG
+from .inexact import ISGD as ISGD
+from .inexact import MAID as MAID
+from .inexact import FixedAccuracy as FixedAccuracy
+from .inexact import SmoothInner as SmoothInner
+from .inexact import Smoothness as Smoothness
 from .inner import Inner as Inner
 from .inner_loop import Until as Until
 from .metrics import Cost as Cost
