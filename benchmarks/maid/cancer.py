@@ -18,7 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from bilevel.inexact import HOAG, MAID, FixedAccuracy, Geometric, SmoothInner, logistic_ridge
 from bilevel.single_loop import Decay
 
-POINTS = (500, 3000)
+POINTS = (250, 1000)
 
 
 def main(cost: int) -> None:
@@ -95,4 +95,4 @@ def main(cost: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 8000)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 2500)

@@ -157,4 +157,4 @@ def pictures(shown: dict[str, Tensor], test: dict[str, Tensor]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1500)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 250)

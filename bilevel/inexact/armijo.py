@@ -46,7 +46,8 @@ class FixedAccuracy(InexactAlgorithm):
         rho_bar: step size factor after an accepted one.
         lam: λ, the Armijo fraction.
         max_backtracks: trials of one line search.
-        barzilai_borwein: begin each line search at ‖Δθ‖²/⟨Δθ, Δz⟩ where that is positive.
+        barzilai_borwein: begin each line search at ‖Δθ‖²/⟨Δθ, Δz⟩ where that is positive, and
+            at most at ten times the step size that would come next without it.
         nonmonotone: ζ in [0, 1): compare with the Zhang–Hager average of earlier lower bounds
             instead of the last one; 0 is monotone.
         tolerance: converged where ‖z‖ and its error (bound, or estimate) are at most this.
@@ -165,6 +166,8 @@ class FixedAccuracy(InexactAlgorithm):
                     break
             if stop is None and not unsolved:
                 why = "no step size passes" if good else "the hypergradient fails the descent test"
+                if found.norm == 0:
+                    why = "z is zero, δ being above ‖∇g‖,"
                 stop = self._floor(found, outcome, good) or self._finer(search, why)
             if stop is not None or level.steps > self.work - self.lower_cap:
                 break
@@ -258,7 +261,8 @@ class FixedAccuracy(InexactAlgorithm):
             s, y = theta - search["last_theta"], found.z - search["last_z"]
             sy = float(s.double() @ y.double())
             if sy > 0:
-                return float(s.double() @ s.double()) / sy
+                # Unbounded, one long step into a huge κ costs a whole lower-level cap.
+                return min(float(s.double() @ s.double()) / sy, 10.0 * float(search["alpha"]))
         return float(search["alpha"])
 
     def _search(
