@@ -248,7 +248,7 @@ def test_the_goal_oriented_estimate_is_close(problem: str) -> None:
     guess = estimate_error(tools, found, theta, rtol=1e-9)
     assert guess == pytest.approx(1.25 * error, rel=2e-2)
     rough = estimate_error(tools, found, theta)
-    assert rough == pytest.approx(guess, rel=0.3)
+    assert 0.5 * guess < rough < 2.0 * guess  # few CG iterations: an order of magnitude
     assert found.omega is not None
     assert guess < found.omega
 
