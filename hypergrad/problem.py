@@ -37,10 +37,21 @@ class Problem:
 
     Both must be deterministic functions of their arguments for `check_hypergradient`; random
     draws (dropout, augmentation) belong to the batch or are seeded from it.
+
+    Raises:
+        TypeError: a loss is not callable.
     """
 
     inner_loss: Loss
     outer_loss: Loss
+
+    def __post_init__(self) -> None:
+        for name in ("inner_loss", "outer_loss"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"{name} must be a function (params, hparams, batch) -> scalar tensor, but got "
+                    f"{getattr(self, name)!r}."
+                )
 
 
 @dataclass(frozen=True)
