@@ -74,7 +74,9 @@ def source_net(task: Task, seed: int) -> nn.Module:
     """A perceptron trained on the source: AdamW at 3e-3 for 400 steps of 64 samples."""
     data = _transfer(task)
     with seeded(seed):
-        model = MLP(data.input_shape, data.source_classes, width=data.hidden)
+        model = MLP(
+            data.input_shape, data.source_classes, width=data.hidden, activation=data.activation
+        )
     model = model.to(task.device, task.dtype)
     return _train(model, list(model.parameters()), data.split("source"), seed, 3e-3, 400)
 

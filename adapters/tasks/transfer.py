@@ -27,11 +27,13 @@ class Transfer(Classification):
         new_head: whether source and target have different classes, so that the last layer of a
             source network does not fit.
         hidden: widths of the source network's hidden layers.
+        activation: of the source network's hidden layers.
     """
 
     source_classes: int = field(kw_only=True)
     new_head: bool = field(kw_only=True)
     hidden: tuple[int, ...] = field(kw_only=True)
+    activation: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
         missing = [name for name in ("source", "source_test") if name not in self.splits]
@@ -56,12 +58,18 @@ class Transfer(Classification):
 
 
 def digits_transfer(
-    noise: float = 0.0, seed: int = 0, n_train: int = 100, n_val: int = 200
+    noise: float = 0.0,
+    seed: int = 0,
+    n_train: int = 100,
+    n_val: int = 200,
+    hidden: tuple[int, ...] = (128, 128, 64),
+    activation: str = "relu",
 ) -> Transfer:
     """Handwritten digits 5-9 with a network trained on digits 0-4 (896 and 901 samples).
 
-    Labels of the target are 0 ... 4.  See `adapters.tasks.make.classification` for the arguments,
-    which are those of the target; the source has 600 training samples.
+    Labels of the target are 0 ... 4; the source has 600 training samples.  See
+    `adapters.tasks.make.classification` for the first four arguments, which are those of the
+    target, and `Transfer` for the last two.
     """
     images, labels = _digits()
     low = labels < 5
@@ -75,18 +83,23 @@ def digits_transfer(
         n_val=n_val,
         standardize=False,
     )
-    return _with_source(
-        target, images[low], labels[low], seed, new_head=True, hidden=(128, 128, 64)
-    )
+    source = images[low], labels[low]
+    return _with_source(target, *source, seed, True, tuple(hidden), activation)
 
 
 def digits_rotated(
-    noise: float = 0.0, seed: int = 0, n_train: int = 200, n_val: int = 200
+    noise: float = 0.0,
+    seed: int = 0,
+    n_train: int = 200,
+    n_val: int = 200,
+    hidden: tuple[int, ...] = (256, 256),
+    activation: str = "relu",
 ) -> Transfer:
     """Handwritten digits turned by 90 degrees, with a network trained on upright ones.
 
     Half of the samples are the source, the others the target; both have ten classes.  See
-    `adapters.tasks.make.classification` for the arguments, which are those of the target.
+    `adapters.tasks.make.classification` for the first four arguments, which are those of the
+    target, and `Transfer` for the last two.
     """
     images, labels = _digits()
     order = np.random.default_rng(np.random.SeedSequence([seed, 90])).permutation(len(labels))
@@ -102,9 +115,8 @@ def digits_rotated(
         n_val=n_val,
         standardize=False,
     )
-    return _with_source(
-        target, images[source], labels[source], seed, new_head=False, hidden=(256, 256)
-    )
+    upright = images[source], labels[source]
+    return _with_source(target, *upright, seed, False, tuple(hidden), activation)
 
 
 def _digits() -> tuple[NDArray[Any], NDArray[Any]]:
@@ -119,9 +131,9 @@ def _with_source(
     images: NDArray[Any],
     labels: NDArray[Any],
     seed: int,
-    *,
     new_head: bool,
     hidden: tuple[int, ...],
+    activation: str,
 ) -> Transfer:
     source = classification(
         "source", images, labels, noise=0.0, seed=seed, n_train=600, n_val=100, standardize=False
@@ -132,10 +144,11 @@ def _with_source(
     return Transfer(
         target.name,
         {**target.splits, "source": source.split("train"), "source_test": later},
-        target.options,
+        {**target.options, "hidden": hidden, "activation": activation},
         n_classes=target.n_classes,
         corrupted=target.corrupted,
         source_classes=source.n_classes,
         new_head=new_head,
         hidden=hidden,
+        activation=activation,
     )
