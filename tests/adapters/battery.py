@@ -57,7 +57,30 @@ class Subject:
 
 _SMALL = {"width": 16, "depth": 2}
 
+_TRANSFER = {"hidden": (32,), "activation": "tanh"}
+
+
+def _adapter(name: str, **hparams: Any) -> Subject:
+    """A fine-tuning method on a small network, at a learning rate where it learns at once."""
+    return Subject(
+        registry.get(name),
+        task="digits_transfer",
+        options=_TRANSFER,
+        hparams=hparams,
+    )
+
+
 LEARNERS: dict[str, Subject] = {
+    "adalora": _adapter("adalora", rank=4, warm_up=0.2, total=60),
+    "allora": _adapter("allora"),
+    "eva": _adapter("eva", headroom=2.0),
+    "finetune": _adapter("finetune"),
+    "hut": _adapter("hut"),
+    "lora": _adapter("lora"),
+    "lora_sb": _adapter("lora_sb", rank=8),
+    "miss": _adapter("miss", rank=4),
+    "sorsa": _adapter("sorsa"),
+    "svfit": _adapter("svfit"),
     "network": Subject(
         registry.get("network"),
         hparams=_SMALL,
