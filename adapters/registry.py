@@ -23,6 +23,7 @@ _MODULES = {
     "galore": "adapters.optimizers.galore:GaLore",
     "gradnormlorp": "adapters.optimizers.gradnormlorp:GradNormLoRP",
     "hut": "adapters.weights.hut:HUTMethod",
+    "layer_adaptive_pruning": "adapters.pruning.rate_distortion:LayerAdaptivePruning",
     "lift": "adapters.sparse.lift:LIFT",
     "lora": "adapters.weights.lora:LoRAMethod",
     "lora_sb": "adapters.weights.lora_sb:LoRASBMethod",

@@ -80,6 +80,7 @@ LEARNERS: dict[str, Subject] = {
     "galore": _adapter("galore", refresh=3),
     "gradnormlorp": _adapter("gradnormlorp", refresh=3),
     "hut": _adapter("hut"),
+    "layer_adaptive_pruning": _adapter("layer_adaptive_pruning", round_steps=9, grid=10, lr=3e-3),
     "lift": _adapter("lift", budget_rank=2, refresh=3),
     "lora": _adapter("lora"),
     "lora_sb": _adapter("lora_sb", rank=8),
