@@ -69,7 +69,7 @@ class ModuleInner:
         train: training data, see `Data`.
         val: validation data: tensors or a list of batches.
         test: test data, which no decision looks at: the loss on the data that λ was tuned on is
-            optimistic.
+            optimistic.  None for none.
         predict: see above; by default ``module(batch["x"])``.
         penalty: see above.
         metrics: ``(outputs, batch) -> {name: (rows,) tensor}``, further numbers of `evaluate`.
@@ -101,7 +101,7 @@ class ModuleInner:
         outer_loss: OuterLoss,
         train: Data,
         val: Split,
-        test: Split,
+        test: Split | None = None,
         predict: Predict = forward,
         penalty: Penalty | None = None,
         metrics: Measure | None = None,
@@ -151,8 +151,9 @@ class ModuleInner:
         self._streams = {
             "train": Stream("train", train, batch_size, self._seed),
             "val": Stream("val", val, val_batch_size, self._seed + 1),
-            "test": Stream("test", test, None, self._seed),
         }
+        if test is not None:
+            self._streams["test"] = Stream("test", test, None, self._seed)
         if perturbed is not None:
             self._streams["perturbed"] = Stream("perturbed", perturbed, batch_size, self._seed)
         self._drawn = dict.fromkeys(self._streams, 0)
@@ -261,7 +262,7 @@ class ModuleInner:
             ValueError: an unknown split, or an endless one.
         """
         if split not in self._streams:
-            raise ValueError(f"split must be one of {list(self._streams)}, but got {split!r}.")
+            raise ValueError(f"split must be one of {list(self.splits)}, but got {split!r}.")
         totals: dict[str, float] = {}
         count = 0
         for batch in self._streams[split].whole(EVALUATION_ROWS):
@@ -312,9 +313,9 @@ class ModuleInner:
         return ModuleResponse(self, self._source)
 
     @property
-    def streams(self) -> Collection[str]:
-        """Names of the streams that there are."""
-        return self._streams
+    def splits(self) -> tuple[str, ...]:
+        """Names that `evaluate` and `draw` know."""
+        return tuple(self._streams)
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Return views of a flat vector by name."""
