@@ -4,8 +4,8 @@
 
 60 training and 200 validation rows, standardized; L_T = mean squared error + e^λ ‖w‖², L_V without
 the penalty.  Minibatches of 20, SGD with momentum 0.9, one ε per step, σ = 0.5 fixed, 5 steps for
-each outer step, RMSprop on λ after 200 steps of warm-up, 6,000 steps.  The outer learning rate is
-0.02, or decays as 0.1/√(k + 1) with the outer step k = 0, ..., 1159.
+each outer step, RMSprop on λ after 200 steps of warm-up (2,000 in rows "long"), 6,000 steps.  The
+outer learning rate is 0.02, or decays as 0.1/√(k + 1) with the outer step k = 0, 1, ...
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from bilevel import Budget, Callback, Descent, Grad, SelfTuning, Space, tune
 from bilevel.single_loop import Decay
 from hypergrad import CG, SGD, Implicit, Problem
 
-N_TRAIN, N_VAL, BATCH, STEPS, WARMUP, TRAIN_STEPS = 60, 200, 20, 6000, 200, 5
+N_TRAIN, N_VAL, BATCH, STEPS, TRAIN_STEPS = 60, 200, 20, 6000, 5
 RATES = (0.001, 0.003, 0.01, 0.03)
-STARTS = (0.0, -6.0)
+STARTS = {"0": (0.0, 200), "-6": (-6.0, 200), "-6, long": (-6.0, 2000)}
+"""First λ and steps of warm-up."""
+
 OUTER = {"constant": 0.02, "decaying": Decay(0.1, 0.5)}
 TAIL = 100
 """Outer steps at the end of a run over which λ and the response are averaged."""
@@ -118,13 +120,13 @@ class Slopes(Callback):
 
 
 def self_tuned(
-    ridge: Ridge, mode: Any, outer: str, start: float, rate: float, seed: int
+    ridge: Ridge, mode: Any, outer: str, start: str, rate: float, seed: int
 ) -> dict[str, Any]:
     algorithm = SelfTuning(
-        mode=mode, lr=OUTER[outer], warmup=WARMUP, train_steps=TRAIN_STEPS, sigma=0.5,
+        mode=mode, lr=OUTER[outer], warmup=STARTS[start][1], train_steps=TRAIN_STEPS, sigma=0.5,
         tune_sigma=False, seed=seed,
     )  # fmt: skip
-    given, slopes = options(ridge, start, rate, seed), Slopes()
+    given, slopes = options(ridge, STARTS[start][0], rate, seed), Slopes()
     found = tune(Problem(penalized, error), algorithm, STEPS, callbacks=[slopes], **given)
     path = found.schedule["penalty"]
     end = float(np.mean(path[-TAIL:]))
@@ -167,8 +169,11 @@ def draw(runs: dict[Any, list[dict[str, Any]]], best: float) -> None:
             for rate in RATES:
                 for start in STARTS:
                     run = runs[mode, outer, start, rate][0]
-                    label = f"learning rate {rate:g}" if start == 0 else None
-                    axis.plot(run["step"], run["path"], color=colors[rate], lw=1.2, label=label)
+                    label = f"learning rate {rate:g}" if start == "0" else None
+                    style = ":" if "long" in start else "-"
+                    axis.plot(
+                        run["step"], run["path"], style, color=colors[rate], lw=1.2, label=label
+                    )
             axis.axhline(best, color="black", ls="--", lw=1, label="best λ")
             axis.set(title=f"{title}, {outer} outer learning rate", ylim=(-8, 3))
             axis.grid(alpha=0.3)
@@ -188,7 +193,7 @@ def main(seeds: int) -> None:
         runs[key] = [self_tuned(r, *key, s) for s, r in enumerate(ridges)]
         print(*key, [f"{r['regret']:.1e}" for r in runs[key]], flush=True)
 
-    def cell(mode: str, outer: str, start: float, rate: float, key: str) -> str:
+    def cell(mode: str, outer: str, start: str, rate: float, key: str) -> str:
         found = runs[mode, outer, start, rate]
         if any(run["status"] == "diverged" for run in found):
             count = sum(run["status"] == "diverged" for run in found)
@@ -200,13 +205,13 @@ def main(seeds: int) -> None:
     header = ["λ starts at", "outer rate", "learning rate", *titles.values()]
     tables = {
         key: table(header, [
-            [f"{start:g}", outer, f"{rate:g}",
+            [start, outer, f"{rate:g}",
              *(cell(mode, outer, start, rate, key) for mode in titles)]
             for start, outer, rate in product(STARTS, OUTER, RATES)
         ])
         for key in ("regret", "slope_error")
     }  # fmt: skip
-    work = runs["delta", "constant", 0.0, 0.01][0]["gradients"]
+    work = runs["delta", "constant", "0", 0.01][0]["gradients"]
     others = [implicit(r, 0.0, s, work) for s, r in enumerate(ridges)]
     search = [random_search(r, s, work) for s, r in enumerate(ridges)]
     draw(runs, ridges[0].best())
@@ -220,7 +225,7 @@ def main(seeds: int) -> None:
             [trials, mean(search, 6)],
             *(
                 [f"{titles[mode]}, learning rate 0.01, {outer} outer rate",
-                 mean([run["regret"] for run in runs[mode, outer, 0.0, 0.01]], 6)]
+                 mean([run["regret"] for run in runs[mode, outer, "0", 0.01]], 6)]
                 for mode, outer in product(titles, OUTER)
             ),
         ],
@@ -249,7 +254,7 @@ At equal work ({work} gradients, a Hessian-vector product counted as two), from 
 
 {equal}
 
-Figure: `docs/figures/stn_ridge.png` (seed 0).
+Figure: `docs/figures/stn_ridge.png` (seed 0; dotted: 2,000 steps of warm-up).
 """,
     )
 
