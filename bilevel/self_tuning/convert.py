@@ -68,6 +68,16 @@ class Converted:
             for key, found in layer.response_shapes().items()
         }
 
+    def rates(self) -> dict[str, tuple[str, int | None]]:
+        """Return the hyperparameter of each tuned dropout layer, (name, index) by path."""
+        found = {}
+        for path, layer in self.module.named_modules():
+            if isinstance(layer, TunedDropout):
+                found[path] = layer.key
+            elif isinstance(layer, _Recurrent) and layer.between is not None:
+                found[path] = layer.between
+        return found
+
     def export(self) -> nn.Module:
         """Return a plain copy of the module, with the values that its parameters have now.
 

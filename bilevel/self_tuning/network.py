@@ -300,12 +300,10 @@ class ModuleInner:
                 self._trained[name].copy_(value)
         plain = self.converted.export().eval()
         values = {n: self.layout.round(n, v) for n, v in self._hparams.items()}
-        for path, layer in self.converted.module.named_modules():
-            rate = getattr(layer, "key", None) or getattr(layer, "between", None)
-            if rate is not None:
-                chosen = values[rate[0]] if rate[1] is None else values[rate[0]][rate[1]]
-                target: Any = plain.get_submodule(path)
-                setattr(target, "dropout" if hasattr(target, "dropout") else "p", float(chosen))
+        for path, (name, index) in self.converted.rates().items():
+            chosen = values[name] if index is None else values[name][index]
+            target: Any = plain.get_submodule(path)
+            setattr(target, "dropout" if hasattr(target, "dropout") else "p", float(chosen))
         return plain
 
     def response_model(self) -> ResponseModel:

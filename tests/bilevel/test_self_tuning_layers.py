@@ -237,6 +237,22 @@ def test_squared_norm_without_materializing(shared: bool) -> None:
         assert torch.allclose(norms if shared else norms[b], expected, rtol=1e-12)
 
 
+def test_a_tied_weight_counts_once_in_the_squared_norm() -> None:
+    encoder, decoder = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    decoder.weight = encoder.weight
+    net = nn.Sequential(encoder, decoder).double()
+    assert torch.allclose(squared_norm(net), net[0].weight.square().sum())
+    found = convert(net, LAYOUT)
+    with torch.no_grad():
+        for key in found.response_shapes():
+            nn.init.normal_(found.module.get_parameter(key))
+    shift = numbers(N)
+    with found.perturbation.active(shift, {}):
+        norm = squared_norm(found.module)
+    uses = [layer.effective(shift)["weight"].square().sum() for layer in found.layers.values()]
+    assert torch.allclose(norm, (uses[0] + uses[1]) / 2)
+
+
 def rates(*values: float) -> dict[str, Tensor]:
     return {"a": torch.tensor(values, dtype=torch.float64)}
 

@@ -209,12 +209,11 @@ def test_conditioning_of_joint_quadratics(
         assert float(torch.linalg.cond(moments[mode])) == pytest.approx(expected, rel=5e-3)
 
 
-@pytest.mark.parametrize("penalty", [3.0, 5.0])
-def test_delta_needs_fewer_steps_on_ridge_regression(penalty: float) -> None:
+def test_delta_needs_fewer_steps_on_ridge_regression() -> None:
     """Check 8.4: gradient descent until value and slope are within 1 % of where they end."""
-    count = {}
+    penalty, count = 3.0, {}
     for mode in ("stn", "delta"):
-        H, b = _flow(_problem(penalty), penalty, 0.5, mode)
+        H, b = _flow(_problem(penalty), penalty, 0.5, mode, nodes=20)
         end = torch.linalg.solve(H, b)
         if mode == "stn":
             step = torch.full((20,), 1 / float(torch.linalg.eigvalsh(H)[-1]), dtype=F64)
@@ -266,7 +265,7 @@ def test_an_affine_response_is_exact_for_joint_quadratics(mode: Any, sigma: floa
         mode=mode, lr=0.0, sigma=sigma, tune_sigma=False, train_steps=50,
         response_optimizer=SGD(lr=0.03, momentum=0.5),
     )  # fmt: skip
-    found = tune(inner, algorithm, 800, seed=1)
+    found = tune(inner, algorithm, 500, seed=1)
     h = found.hparams["h"]
     best = -torch.linalg.solve(A, B @ h + c)
     assert torch.allclose(found.params["w"], best, atol=1e-4)
