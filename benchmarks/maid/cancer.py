@@ -96,17 +96,20 @@ def main(cost: int, seeds: int) -> None:
     write("maid_cancer", "MAID: per-weight L2, breast cancer", command, text)
     first = found[0]
 
+    def style(curve: Curve) -> dict[str, Any]:
+        if "shared" in curve.name:
+            return {"color": "black", "ls": ":"}
+        return {"ls": "-" if "MAID" in curve.name else "--"}
+
     def validation(axis: Any) -> None:
         for curve in first:
-            style = "-" if "MAID" in curve.name else "--"
-            axis.plot(curve.cost, curve.loss, style, lw=1.1, label=curve.name)
+            axis.plot(curve.cost, curve.loss, lw=1.1, label=curve.name, **style(curve))
         axis.set(xlabel="cost", ylabel="validation CE", yscale="log", title="tuned, seed 0")
         axis.legend(fontsize=6)
 
     def testing(axis: Any) -> None:
         for curve in first:
-            style = "-" if "MAID" in curve.name else "--"
-            axis.plot(curve.cost, [s[0] for s in curve.seen], style, lw=1.1, label=curve.name)
+            axis.plot(curve.cost, [s[0] for s in curve.seen], lw=1.1, **style(curve))
         axis.set(xlabel="cost", ylabel="test CE", yscale="log", title="third split: overfitting")
 
     plot("maid_cancer.png", [validation, testing])

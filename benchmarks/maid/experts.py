@@ -107,7 +107,7 @@ def main(cost: int) -> None:
         )
     )  # fmt: skip
     title = "MAID: field of experts on natural images"
-    write("maid_experts", title, "python benchmarks/maid/experts.py", text)
+    write("maid_experts", title, f"python benchmarks/maid/experts.py {cost}", text)
 
     def losses(axis: Any) -> None:
         for curve in curves[1:]:

@@ -90,7 +90,10 @@ def main(cost: int) -> None:
         )
     )  # fmt: skip
     write(
-        "maid_mnist", "MAID: per-weight L2 on MNIST 12×12", "python benchmarks/maid/mnist.py", text
+        "maid_mnist",
+        "MAID: per-weight L2 on MNIST 12×12",
+        f"python benchmarks/maid/mnist.py {cost}",
+        text,
     )
 
     def validation(axis: Any) -> None:

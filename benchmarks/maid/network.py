@@ -143,7 +143,7 @@ def main(cost: int, seeds: int) -> None:
         )
     )  # fmt: skip
     title = "MAID on a non-convex network"
-    write("maid_network", title, "python benchmarks/maid/network.py", text)
+    write("maid_network", title, f"python benchmarks/maid/network.py {cost} {seeds}", text)
 
     def panel(init: str) -> Any:
         def draw(axis: Any) -> None:
