@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from bilevel.checkpoint import copy
 from bilevel.checks import integer
 from bilevel.metrics import Cost, Metrics
 from bilevel.self_tuning.convert import Converted, Names, convert
-from bilevel.self_tuning.data import Data, Split, Stream, rows_of
+from bilevel.self_tuning.data import Data, Split, Stream, rows_of, warn_of_same_data
 from bilevel.self_tuning.layout import Layout
 from bilevel.self_tuning.loader import HyperSource
 from bilevel.self_tuning.module_response import ModuleResponse
@@ -158,7 +157,7 @@ class ModuleInner:
             self._streams["perturbed"] = Stream("perturbed", perturbed, batch_size, self._seed)
         self._drawn = dict.fromkeys(self._streams, 0)
         self._last: list[Any] = []
-        _warn_of_same_data(train, val)
+        warn_of_same_data(train, val)
         self.set_hparams({})
 
     # The inner level.
@@ -327,16 +326,3 @@ class ModuleInner:
     def _outer_loss(self, params: Any, hparams: Any, batch: Any) -> Tensor:
         data, seed = batch
         return self.objective.outer_loss(params, data, seed)
-
-
-def _warn_of_same_data(train: Data, val: Data) -> None:
-    same = train is val
-    if isinstance(train, Mapping) and isinstance(val, Mapping):
-        theirs = {value.data_ptr() for value in val.values()}
-        same = same or any(value.data_ptr() in theirs for value in train.values())
-    if same:
-        warnings.warn(
-            "train and val are the same data: hyperparameters tuned on it fit the training set, "
-            "and every regularizer goes to zero.",
-            stacklevel=3,
-        )

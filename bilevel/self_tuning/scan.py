@@ -75,40 +75,40 @@ def lstm_scan(
         hidden: the hidden-to-hidden map.
         tangents: of the inputs; None for weights that respond themselves.
     """
-    if tangents is None:
-        out, end = _LSTM.apply(  # type: ignore[no-untyped-call]
-            into, h, c, hidden.weight, hidden.response, hidden.factor, hidden.constant(), None
-        )
-        return out, end, None, None
-    still = None if hidden.offset is None else hidden.offset.detach()
-    constant = _attached(hidden, still)
-    out, end, moved, moved_end = _LSTM.apply(  # type: ignore[no-untyped-call]
-        into, h, c, hidden.weight, hidden.response, hidden.factor, constant, (tangents, still)
+    constant, linear = _constant(hidden, tangents)
+    found: tuple[Tensor, ...] = _LSTM.apply(  # type: ignore[no-untyped-call]
+        into, h, c, hidden.weight, hidden.response, hidden.factor, constant, linear
     )
-    return out, end, moved, moved_end
+    return (found[0], found[1], None, None) if linear is None else found  # type: ignore[return-value]
 
 
 def gru_scan(
     into: Tensor, h: Tensor, hidden: Hidden, tangents: Tangents | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Return h_1 … h_T, shape (B, T, H), and its tangent; see `lstm_scan`, gates r, z, n."""
-    if tangents is None:
-        out = _GRU.apply(  # type: ignore[no-untyped-call]
-            into, h, hidden.weight, hidden.response, hidden.factor, hidden.constant(), None
-        )
-        return out, None
-    still = None if hidden.offset is None else hidden.offset.detach()
-    out, moved = _GRU.apply(  # type: ignore[no-untyped-call]
-        into, h, hidden.weight, hidden.response, hidden.factor, _attached(hidden, still),
-        (tangents, still),
-    )  # fmt: skip
-    return out, moved
+    constant, linear = _constant(hidden, tangents)
+    found = _GRU.apply(  # type: ignore[no-untyped-call]
+        into, h, hidden.weight, hidden.response, hidden.factor, constant, linear
+    )
+    return (found, None) if linear is None else found
 
 
-def _attached(hidden: Hidden, still: Tensor | None) -> Tensor:
-    """Return the bias; its offset is in the graph as a zero."""
+Linear = tuple[Tangents, Tensor | None] | None
+"""Tangents, and the change of the bias as one."""
+
+
+def _constant(hidden: Hidden, tangents: Tangents | None) -> tuple[Tensor, Linear]:
+    """Return bias + offset, and what a linearized loop needs.
+
+    There the offset belongs to the tangents; it stays in the graph of the bias as a zero.
+    """
     total = hidden.constant()
-    return total if still is None else total - still
+    if tangents is None:
+        return total, None
+    if hidden.offset is None:
+        return total, (tangents, None)
+    still = hidden.offset.detach()
+    return total - still, (tangents, still)
 
 
 def _products(
@@ -156,7 +156,7 @@ class _LSTM(torch.autograd.Function):
         response: Tensor,
         factor: Tensor,
         constant: Tensor,
-        linear: tuple[Tangents, Tensor | None] | None,
+        linear: Linear,
     ) -> tuple[Tensor, ...]:
         rows, steps, gates = into.shape
         size = gates // 4
@@ -253,7 +253,7 @@ class _GRU(torch.autograd.Function):
         response: Tensor,
         factor: Tensor,
         constant: Tensor,
-        linear: tuple[Tangents, Tensor | None] | None,
+        linear: Linear,
     ) -> Any:
         rows, steps, gates = into.shape
         size = gates // 3
