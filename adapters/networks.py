@@ -12,17 +12,17 @@ __all__ = ["MLP"]
 
 
 class MLP(nn.Module):
-    """Multilayer perceptron: depth hidden layers of equal width, then a linear layer to logits.
+    """Multilayer perceptron: hidden layers, then a linear layer to logits.
 
     Attributes:
-        layers: the depth + 1 linear layers in order.
+        layers: the linear layers in order, the last one to the logits.
         activations: known names of hidden activations.
 
     Args:
         input_shape: shape of one sample; it is flattened.
         n_classes: number of logits.
-        width: units of each hidden layer.
-        depth: number of hidden layers; 0 gives a linear model.
+        width: units of each hidden layer, or of the hidden layers one by one.
+        depth: number of hidden layers of equal width; 0 gives a linear model.
         activation: one of `activations`.
 
     Raises:
@@ -40,7 +40,7 @@ class MLP(nn.Module):
         input_shape: tuple[int, ...],
         n_classes: int,
         *,
-        width: int = 64,
+        width: int | tuple[int, ...] = 64,
         depth: int = 2,
         activation: str = "relu",
     ) -> None:
@@ -49,7 +49,8 @@ class MLP(nn.Module):
             raise ValueError(
                 f"activation must be one of {sorted(self.activations)}, but got {activation!r}."
             )
-        sizes = [math.prod(input_shape), *[width] * depth, n_classes]
+        hidden = width if isinstance(width, tuple) else (width,) * depth
+        sizes = [math.prod(input_shape), *hidden, n_classes]
         self.layers = nn.ModuleList(map(nn.Linear, sizes[:-1], sizes[1:]))
         self.activation = self.activations[activation]()
 

@@ -8,11 +8,17 @@ from typing import Any
 
 from adapters.tasks.bundled import breast_cancer, digits
 from adapters.tasks.task import Classification, Split, Task
+from adapters.tasks.transfer import Transfer, digits_rotated, digits_transfer
 from bilevel.checks import did_you_mean
 
-__all__ = ["Classification", "Split", "Task", "describe", "get", "names", "register"]
+__all__ = ["Classification", "Split", "Task", "Transfer", "describe", "get", "names", "register"]
 
-_makers: dict[str, Callable[..., Task]] = {"breast_cancer": breast_cancer, "digits": digits}
+_makers: dict[str, Callable[..., Task]] = {
+    "breast_cancer": breast_cancer,
+    "digits": digits,
+    "digits_rotated": digits_rotated,
+    "digits_transfer": digits_transfer,
+}
 
 
 def names() -> list[str]:

@@ -16,12 +16,17 @@ from typing import Any
 __all__ = ["cpu_time", "forked", "interleaved", "peak_growth"]
 
 
-def cpu_time(run: Callable[[], object]) -> float:
-    """Seconds of user and system time of this process, all threads."""
+SAMPLE = 0.02
+"""Seconds that a sample takes at least: a shorter run is repeated, as in a training loop."""
+
+
+def cpu_time(run: Callable[[], object], count: int = 1) -> float:
+    """Seconds of user and system time of this process, all threads, per run of `count` runs."""
     gc.collect()
     start = time.process_time()
-    run()
-    return time.process_time() - start
+    for _ in range(count):
+        run()
+    return (time.process_time() - start) / count
 
 
 def interleaved(
@@ -41,13 +46,14 @@ def interleaved(
     for _ in range(warm_ups):
         for run in runs.values():
             run()
+    counts = {name: math.ceil(SAMPLE / max(cpu_time(run), 1e-6)) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     begin = time.process_time()
     for repeat in range(repeats):
         if repeat >= 3 and time.process_time() - begin > budget:
             break
         for name, run in runs.items():
-            times[name].append(cpu_time(run))
+            times[name].append(cpu_time(run, counts[name]))
     return times
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from hypergrad.attention import math_attention
 from hypergrad.compiled.report import CannotCompileError
-from hypergrad.compiled.thin import transpose_thin_products
+from hypergrad.compiled.thin import rewrite_thin_products
 from hypergrad.randomness import RandomState
 
 __all__ = ["Graph", "Traced", "compile_graph", "retarget", "trace"]
@@ -115,7 +115,7 @@ def _inductor(
         FakeTensorProp(module, fake).propagate_dont_convert_inputs(*like)
         # A view is what inductor takes a reshape for, in any memory order.
         retarget(module, torch.ops.aten.reshape.default, torch.ops.aten.view.default)
-        transpose_thin_products(module)
+        rewrite_thin_products(module)
         module = joint_graph_passes(module)
         function = compile_fx_inner(module, like, is_inference=True)
     return cast(Callable[[list[Tensor]], Sequence[Tensor]], function)
