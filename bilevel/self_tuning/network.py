@@ -283,8 +283,17 @@ class ModuleInner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Inner.load_state_dict`."""
+        """See `Inner.load_state_dict`.
+
+        Raises:
+            ValueError: the state is that of another network or of other hyperparameters.
+        """
         saved = copy(dict(state))
+        if saved["params"].shape != self._flat.shape:
+            raise ValueError(
+                f"saved params have {saved['params'].numel()} entries, but the network has "
+                f"{self._flat.numel()}."
+            )
         self._flat, self._optimizer_state = saved["params"].to(self._flat), saved["optimizer"]
         self.set_hparams(saved["hparams"])
         self._drawn = dict(saved["drawn"])

@@ -192,6 +192,8 @@ def test_export_of_a_module_with_names_of_its_own() -> None:
     assert plain.drop.p == pytest.approx(0.1)
     assert type(plain.key) is type(plain.between) is nn.Linear
     assert subject.splits == ("train", "val")
+    with pytest.raises(ValueError, match="saved params have 7 entries, but the network has 73"):
+        subject.load_state_dict({**subject.state_dict(), "params": torch.zeros(7)})
 
 
 def test_the_deployed_weights_of_stn_respond_to_lambda() -> None:
