@@ -113,7 +113,11 @@ def main(cost: int) -> None:
         for curve in curves[1:]:
             axis.plot(curve.cost, curve.loss, lw=1.1, label=curve.name)
         axis.axhline(curves[0].loss[-1], color="k", ls=":", label="TV, MAID")
-        axis.set(xlabel="cost", ylabel="training loss", yscale="log", title="field of experts")
+        low = min(min(curve.loss) for curve in curves)
+        axis.set(
+            xlabel="cost", ylabel="training loss", xscale="log", yscale="log",
+            ylim=(0.95 * low, 5 * low), title="field of experts",
+        )  # fmt: skip
         axis.legend(fontsize=6)
 
     def filters(axis: Any) -> None:
@@ -157,4 +161,4 @@ def pictures(shown: dict[str, Tensor], test: dict[str, Tensor]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 250)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 8000)
