@@ -164,6 +164,6 @@ def _spread(values: list[float]) -> str:
 
 if __name__ == "__main__":
     main(
-        int(sys.argv[1]) if len(sys.argv) > 1 else 1000,
-        int(sys.argv[2]) if len(sys.argv) > 2 else 2,
+        int(sys.argv[1]) if len(sys.argv) > 1 else 4000,
+        int(sys.argv[2]) if len(sys.argv) > 2 else 3,
     )
