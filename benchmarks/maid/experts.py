@@ -122,7 +122,7 @@ def main(cost: int, chosen: list[int]) -> None:
             xlabel="cost", ylabel="training loss", xscale="log", yscale="log",
             ylim=(0.95 * low, 5 * low), title="field of experts",
         )  # fmt: skip
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, loc="lower left")
 
     def filters(axis: Any) -> None:
         result = min(curves[1:], key=lambda c: c.loss[-1]).result
