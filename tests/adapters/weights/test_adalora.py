@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from adapters import Trainer, registry, tasks
@@ -32,7 +31,14 @@ def test_ties_are_broken_by_index() -> None:
 def test_the_budget_is_met_and_the_final_mask_stays() -> None:
     learner = registry.get("adalora")()
     assert isinstance(learner, Trainer)
-    values = {"warm_up": 4, "final": 10, "total": 30, "interval": 2, "rank": 4, "target_rank": 2}
+    values = {
+        "warm_up": 4 / 30,
+        "final": 1 / 3,
+        "total": 30,
+        "interval": 2,
+        "rank": 4,
+        "target": 0.5,
+    }
     learner.setup(TASK, values, seed=0)
     live, last = [], None
     for step in range(1, 36):
@@ -47,16 +53,3 @@ def test_the_budget_is_met_and_the_final_mask_stays() -> None:
             last = lam != 0
     assert live[0] == 12
     assert learner.method.memory["kept"].keys() == maps(learner._assembly.model).keys()
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"rank": 4, "target_rank": 4}, "target_rank must be below rank=4, but got 4"),
-        ({"warm_up": 200, "final": 100}, "warm_up . final must be below total=250"),
-        ({"rank": 32, "target_rank": 4, "total": 25}, "must be below total=25"),
-    ],
-)
-def test_bad_schedules(values: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        registry.get("adalora")().setup(TASK, values, seed=0)
