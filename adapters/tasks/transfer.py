@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adapters.tasks.bundled import load_digit_images
 from adapters.tasks.make import classification
 from adapters.tasks.task import Classification, Split
 
-__all__ = ["Transfer", "digits_rotated", "digits_transfer"]
+__all__ = ["Transfer", "digits_rotated", "digits_transfer", "with_source"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ def digits_transfer(
     Labels of the target are 0 ... 4.  See `adapters.tasks.make.classification` for the arguments,
     which are those of the target; the source has 600 training samples.
     """
-    images, labels = _digits()
+    images, labels = load_digit_images()
     low = labels < 5
     target = classification(
         "digits_transfer",
@@ -75,9 +76,7 @@ def digits_transfer(
         n_val=n_val,
         standardize=False,
     )
-    return _with_source(
-        target, images[low], labels[low], seed, new_head=True, hidden=(128, 128, 64)
-    )
+    return with_source(target, images[low], labels[low], seed, new_head=True, hidden=(128, 128, 64))
 
 
 def digits_rotated(
@@ -88,7 +87,7 @@ def digits_rotated(
     Half of the samples are the source, the others the target; both have ten classes.  See
     `adapters.tasks.make.classification` for the arguments, which are those of the target.
     """
-    images, labels = _digits()
+    images, labels = load_digit_images()
     order = np.random.default_rng(np.random.SeedSequence([seed, 90])).permutation(len(labels))
     source, rest = order[: len(order) // 2], order[len(order) // 2 :]
     turned = np.rot90(images, axes=(2, 3)).copy()
@@ -102,19 +101,12 @@ def digits_rotated(
         n_val=n_val,
         standardize=False,
     )
-    return _with_source(
+    return with_source(
         target, images[source], labels[source], seed, new_head=False, hidden=(256, 256)
     )
 
 
-def _digits() -> tuple[NDArray[Any], NDArray[Any]]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return data.images[:, None] / 16.0, data.target
-
-
-def _with_source(
+def with_source(
     target: Classification,
     images: NDArray[Any],
     labels: NDArray[Any],
@@ -123,6 +115,16 @@ def _with_source(
     new_head: bool,
     hidden: tuple[int, ...],
 ) -> Transfer:
+    """Return a target with a source made of images of its own: 600 to train on.
+
+    Args:
+        target: the task to adapt to.
+        images: of the source, shape (samples, ...).
+        labels: their classes, 0 ... k − 1.
+        seed: decides the source's split.
+        new_head: whether the classes differ from the target's.
+        hidden: widths of the source network's hidden layers.
+    """
     source = classification(
         "source", images, labels, noise=0.0, seed=seed, n_train=600, n_val=100, standardize=False
     )
