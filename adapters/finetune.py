@@ -14,17 +14,22 @@ from adapters.method import Method
 from adapters.networks import MLP
 from adapters.tasks import Split, Task, Transfer
 from bilevel.domains import Grad
+from bilevel.space import Space
 from hypergrad import seeded
 from hypergrad.optimizers import AdamW, Optimizer, Value
 
-__all__ = ["DECAY", "LR", "FineTune", "head_of"]
+__all__ = ["DECAY", "FineTune", "FullFineTune", "head_of", "learning_rate"]
 
-LR = Grad(3e-3, low=1e-5, high=0.3, scale="log", doc="learning rate of AdamW; smooth")
 DECAY = Grad(1e-4, low=1e-7, high=1.0, scale="log", doc="decoupled weight decay; smooth")
 
 
+def learning_rate(default: float = 3e-3) -> Grad:
+    """Return the domain of AdamW's learning rate; each method has a default of its own."""
+    return Grad(default, low=1e-6, high=0.3, scale="log", doc="learning rate of AdamW; smooth")
+
+
 class FineTune(Method):
-    """Full fine-tuning of a pretrained network by AdamW; the base of adapters and sparse methods.
+    """Training of a pretrained network by AdamW; the base of adapters and sparse methods.
 
     The network is the artifact "target_net": trained on the source, with the last layer made
     anew and trained for 60 steps on the frozen features where the classes differ.  Subclasses
@@ -47,6 +52,13 @@ class FineTune(Method):
         """AdamW with the space's "lr" and "weight_decay"."""
         # eps above the usual 1e-8: the hypergradient in float32 needs it.
         return AdamW(lr=hyper("lr"), weight_decay=hyper("weight_decay"), eps=1e-6)
+
+
+class FullFineTune(FineTune):
+    """Full fine-tuning of a pretrained network, the baseline of every adapter."""
+
+    name = "finetune"
+    space = Space(lr=learning_rate(), weight_decay=DECAY).own(lr="sampler")
 
 
 def head_of(model: nn.Module) -> str:

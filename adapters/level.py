@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,21 @@ from hypergrad.optimizers.values import constants
 from hypergrad.training import is_finite
 from hypergrad.tree import trainable_leaves, zeros_for_none
 
-__all__ = ["Level"]
+__all__ = ["Level", "Move"]
+
+
+class Move(NamedTuple):
+    """A training step.
+
+    Attributes:
+        flat: the next weights.
+        state: the next optimizer state.
+        grad: the gradient of loss + penalty before the step.
+    """
+
+    flat: Tensor
+    state: State
+    grad: Tensor
 
 
 class Level:
@@ -104,12 +118,11 @@ class Level:
         hparams: Mapping[str, Tensor],
         values: Values,
         batch: Batch,
-    ) -> tuple[float, tuple[Tensor, State] | None]:
+    ) -> tuple[float, Move | None]:
         """Take a training step; buffers of the network move.
 
         Returns:
-            The training loss, and the next weights and optimizer state; None for them where
-            loss, gradient or weights are not finite.
+            The training loss, and the move; None where loss, gradient or weights are not finite.
         """
         views = [view.requires_grad_() for view in unflatten(flat, self._leaves.tensors)]
         params: Any = dict(zip(self.names, views, strict=True))
@@ -122,4 +135,4 @@ class Level:
         grad = flatten(zeros_for_none(found, views))
         with torch.no_grad():
             after, state = self.optimizer.update(flat, grad, state, values)
-        return value, (after, state) if is_finite(after) else None
+        return value, Move(after, state, grad) if is_finite(after) else None

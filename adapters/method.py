@@ -46,6 +46,8 @@ class State:
     Attributes:
         model: the network; its frozen parameters and its buffers are live.
         params: trained tensors by name, views of one flat vector; edit them in place.
+        grads: gradient that the last step used, by name; None after weights that an estimator
+            trained.
         optimizer: state of the optimizer, vectors like the flat vector.
         hparams: current value of every active hyperparameter.
         step: steps done.
@@ -54,6 +56,7 @@ class State:
 
     model: nn.Module
     params: dict[str, Tensor]
+    grads: dict[str, Tensor] | None
     optimizer: dict[str, Any]
     hparams: Mapping[str, Any]
     step: int

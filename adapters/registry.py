@@ -14,7 +14,17 @@ from bilevel.checks import did_you_mean
 __all__ = ["describe", "get", "names", "register"]
 
 _MODULES = {
+    "adalora": "adapters.weights.adalora:AdaLoRAMethod",
+    "allora": "adapters.weights.allora:ALLoRAMethod",
+    "eva": "adapters.weights.eva:EVAMethod",
+    "finetune": "adapters.finetune:FullFineTune",
+    "hut": "adapters.weights.hut:HUTMethod",
+    "lora": "adapters.weights.lora:LoRAMethod",
+    "lora_sb": "adapters.weights.lora_sb:LoRASBMethod",
+    "miss": "adapters.weights.miss:MiSSMethod",
     "network": "adapters.network:Network",
+    "sorsa": "adapters.weights.sorsa:SORSAMethod",
+    "svfit": "adapters.weights.svfit:SVFitMethod",
 }
 """name -> module:class, imported when it is asked for."""
 

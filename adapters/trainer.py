@@ -274,8 +274,8 @@ class Trainer(Learner):
             self._draw(self._step),
         )
         if after is not None:
-            self._good, (self._flat, self._optimizer_state) = self._flat, after
-            self._advance(1)
+            self._good, self._flat, self._optimizer_state = self._flat, after.flat, after.state
+            self._advance(1, after.grad)
         else:
             self._status = RunStatus.DIVERGED
             for name, buffer in live.items():
@@ -292,7 +292,7 @@ class Trainer(Learner):
             cost=Cost(steps=1, gradients=1, seconds=time.perf_counter() - began),
         )
 
-    def _advance(self, steps: int) -> None:
+    def _advance(self, steps: int, grad: Tensor | None = None) -> None:
         """Count steps, call the method's hooks, and move on to the next phase."""
         before, self._step = self._step, self._step + steps
         method, last = self.method, self._phase_index == len(self.phases) - 1
@@ -300,7 +300,7 @@ class Trainer(Learner):
         each = type(method).after_step is not Method.after_step
         if not steps or not (due or each or not last):
             return
-        state = self._editable()
+        state = self._editable(grad)
         with torch.no_grad():
             method.after_step(state)
             for hook in due:
@@ -311,12 +311,13 @@ class Trainer(Learner):
                 self._phase_cache[self._key(self.phase)] = self.state_dict()
             self._begin_phase(self._phase_index + 1)
 
-    def _editable(self) -> State:
+    def _editable(self, grad: Tensor | None = None) -> State:
         """Return the moving part for hooks to edit; nobody else holds its tensors."""
         self._flat = self._flat.clone()
         return State(
             self._assembly.model,
             self._level.named(self._flat),
+            None if grad is None else self._level.named(grad),
             checkpoint.copy(self._optimizer_state),
             self._level.objective.values(self._hparams, self._step),
             self._step,

@@ -11,7 +11,7 @@ The maps are parametrizations of `torch.nn.utils.parametrize`, so that `torch.fu
 backward, hypergradients, `state_dict` and `copy.deepcopy` work as on any module.
 """
 
-from adapters.reparam.attach import adaptable, attach, configured, maps, merge, n_trained
+from adapters.reparam.attach import adaptable, attach, configured, maps, merge, n_trained, replaced
 from adapters.reparam.base import Parts, Reparam, Start, WeightMap
 
 __all__ = [
@@ -25,4 +25,5 @@ __all__ = [
     "maps",
     "merge",
     "n_trained",
+    "replaced",
 ]

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from adapters.reparam.base import Fold, Reparam, Start, WeightMap, as_matrix
 from adapters.reparam.calibrate import Calibrate, collect
 
-__all__ = ["Place", "adaptable", "attach", "configured", "maps", "merge", "n_trained"]
+__all__ = ["Place", "adaptable", "attach", "configured", "maps", "merge", "n_trained", "replaced"]
 
 
 class Place(NamedTuple):
@@ -118,9 +118,7 @@ def maps(model: nn.Module) -> dict[str, WeightMap]:
     found: dict[str, WeightMap] = {}
     for name, module in model.named_modules():
         if isinstance(module, WeightMap):  # name is MODULE.parametrizations.TENSOR.0
-            found[name.rsplit(".parametrizations.", 1)[0].removeprefix("parametrizations.")] = (
-                module
-            )
+            found[f".{name}".rsplit(".parametrizations.", 1)[0][1:]] = module
     return found
 
 
