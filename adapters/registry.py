@@ -16,6 +16,8 @@ __all__ = ["describe", "get", "names", "register"]
 _MODULES = {
     "adalora": "adapters.weights.adalora:AdaLoRAMethod",
     "allora": "adapters.weights.allora:ALLoRAMethod",
+    "bang": "adapters.robustness.bang:BANG",
+    "eata": "adapters.robustness.eata:EATA",
     "eva": "adapters.weights.eva:EVAMethod",
     "finetune": "adapters.finetune:FullFineTune",
     "hut": "adapters.weights.hut:HUTMethod",
@@ -23,6 +25,7 @@ _MODULES = {
     "lora_sb": "adapters.weights.lora_sb:LoRASBMethod",
     "miss": "adapters.weights.miss:MiSSMethod",
     "network": "adapters.network:Network",
+    "ps_kd": "adapters.objectives.ps_kd:PSKD",
     "sorsa": "adapters.weights.sorsa:SORSAMethod",
     "svfit": "adapters.weights.svfit:SVFitMethod",
 }
