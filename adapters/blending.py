@@ -110,6 +110,5 @@ def _check(start: Weights, end: Weights) -> None:
     for name, shape in shapes[0].items():
         if shape != shapes[1][name]:
             raise ValueError(
-                f"{name!r} must have one shape on both ends, but got {shape} and "
-                f"{shapes[1][name]}."
+                f"{name!r} must have one shape on both ends, but got {shape} and {shapes[1][name]}."
             )

@@ -8,20 +8,24 @@ from typing import Any
 
 from adapters.tasks import images, text
 from adapters.tasks.bundled import breast_cancer, diabetes, digits, digits_split
+from adapters.tasks.constrained import Constrained, constrained_logistic, hock_schittkowski
 from adapters.tasks.kinds import Regression, Segmentation, Sequences
 from adapters.tasks.shifted import digits_robust, digits_stream
 from adapters.tasks.task import Classification, Split, Task
 from adapters.tasks.transfer import Transfer, digits_rotated, digits_transfer
+from adapters.tasks.transport import Transport, digit_clouds
 from bilevel.checks import did_you_mean
 
 __all__ = [
     "Classification",
+    "Constrained",
     "Regression",
     "Segmentation",
     "Sequences",
     "Split",
     "Task",
     "Transfer",
+    "Transport",
     "describe",
     "get",
     "names",
@@ -31,8 +35,10 @@ __all__ = [
 _makers: dict[str, Callable[..., Task]] = {
     "banking77": text.banking77,
     "breast_cancer": breast_cancer,
+    "constrained_logistic": constrained_logistic,
     "descriptions": text.descriptions,
     "diabetes": diabetes,
+    "digit_clouds": digit_clouds,
     "digits": digits,
     "digits_robust": digits_robust,
     "digits_rotated": digits_rotated,
@@ -40,6 +46,7 @@ _makers: dict[str, Callable[..., Task]] = {
     "digits_stream": digits_stream,
     "digits_transfer": digits_transfer,
     "fashion": images.fashion,
+    "hock_schittkowski": hock_schittkowski,
     "mnist": images.mnist,
     "nuclei": images.nuclei,
     "omniglot": images.omniglot,

@@ -36,6 +36,7 @@ class Subject:
             differences; kinks of the loss must not lie within the step of the differences.
         tolerance: largest relative error of that comparison.
         earlier: smooth hyperparameters that act in the first phase only, and are compared there.
+        supervised: whether 60 steps must lower the loss of the training split.
         diverges: whether an absurd learning rate makes the loss infinite.
     """
 
@@ -46,6 +47,7 @@ class Subject:
     smooth: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-5
     earlier: tuple[str, ...] = ()
+    supervised: bool = True
     diverges: bool = True
 
     def make_task(self, dtype: torch.dtype = torch.float32) -> Task:
@@ -72,6 +74,7 @@ LEARNERS: dict[str, Subject] = {
         "digits_stream",
         {"n_train": 224, "n_val": 70},
         {"batch": 32, "redundancy": 2.0},
+        supervised=False,
     ),
     "network": Subject(
         registry.get("network"),
@@ -80,7 +83,9 @@ LEARNERS: dict[str, Subject] = {
     ),
     # Comparisons with Unrolled, which holds the table constant, stay within the first epoch; the
     # hypergradient of the softening is compared where the table has been filled.
-    "ps_kd": Subject(registry.get("ps_kd"), hparams={"batch": 16}, smooth={"batch": 64, "activation": "tanh"}),
+    "ps_kd": Subject(
+        registry.get("ps_kd"), hparams={"batch": 16}, smooth={"batch": 64, "activation": "tanh"}
+    ),
 }
 
 
@@ -114,7 +119,9 @@ def trains_and_evaluates(subject: Subject) -> None:
         metrics = learner.step()
         assert math.isfinite(metrics["loss"])
         assert (metrics.cost.steps, metrics.cost.gradients) >= (1, 1)
-    assert learner.evaluate("train")["loss"] < before
+    after = learner.evaluate("train")["loss"]
+    assert math.isfinite(after)
+    assert after < before or not subject.supervised
     assert learner.evaluate("val").status is RunStatus.RUNNING
 
 
