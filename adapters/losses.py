@@ -38,10 +38,7 @@ def smoothed_targets(labels: Tensor, n_classes: int, smoothing: float | Tensor) 
         smoothing: ε in [0, 1]; a tensor makes the result differentiable in it.
     """
     hot = F.one_hot(labels, n_classes)
-    if isinstance(smoothing, Tensor):
-        hot = hot.to(smoothing)
-    else:
-        hot = hot.to(torch.get_default_dtype())
+    hot = hot.to(smoothing if isinstance(smoothing, Tensor) else torch.get_default_dtype())
     return (1 - smoothing) * hot + smoothing / n_classes
 
 

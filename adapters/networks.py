@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ class ConvNet(nn.Module):
             )
         sizes = [input_shape[0], width, 2 * width, 4 * width]
         blocks: list[nn.Module] = []
-        for i, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        for i, (before, after) in enumerate(pairwise(sizes)):
             stride = 1 if i == 0 else 2
             blocks.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=not batch_norm))
             if batch_norm:

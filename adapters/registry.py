@@ -65,7 +65,7 @@ def describe() -> dict[str, str]:
 
 
 def register(method: Registrable) -> Registrable:
-    """Decorate a `Method`, `Iteration` or `Learner` of your own, so that `get` finds it by its name.
+    """Decorate a `Method`, `Iteration` or `Learner` of your own, so that `get` finds it.
 
     Raises:
         TypeError: none of these, or without a name, space or docstring.

@@ -59,7 +59,7 @@ class APG(Iteration):
             when={"capped": True},
             doc="r; smooth a.e., no effect above the largest norm",
         ),
-        momentum=Grad(-0.5, low=-0.95, high=0.5, doc="β, negative repels; smooth"),
+        momentum=Grad(-0.5, low=-0.95, high=0.0, doc="β, negative repels; smooth"),
         first=Float(0.0, 0.5, default=0.0, doc="share of the steps before guidance starts"),
         last=Float(0.5, 1.0, default=1.0, doc="share of the steps after which it ends"),
         steps=Int(5, 100, log=True, default=20, doc="Euler steps of a trajectory"),

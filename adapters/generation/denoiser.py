@@ -93,7 +93,7 @@ def denoiser(task: Task, seed: int) -> nn.Module:
 
 @artifacts.register("judge")
 def judge(task: Task, seed: int) -> nn.Module:
-    """A classifier of the training images, whose hidden units are features to compare samples by."""
+    """A classifier of the training images; its hidden units are features to compare samples by."""
     data = _images(task)
     x, y = scaled(data.split("train")["x"]), data.split("train")["y"]
     with seeded(seed):

@@ -207,7 +207,7 @@ class EATA(Method):
 
 @artifacts.register("batchnorm_net")
 def batchnorm_net(task: Task, seed: int) -> nn.Module:
-    """A convolutional network with BatchNorm trained on the source: Adam at 5e-3, 200 steps of 64."""
+    """A `ConvNet` with BatchNorm trained on the source: Adam at 5e-3, 200 steps of 64."""
     if not isinstance(task, Transfer) or not task.is_image:
         raise ValueError(
             f"batchnorm_net needs images with a source, but {task.name!r} is a "

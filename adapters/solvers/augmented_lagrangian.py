@@ -114,7 +114,8 @@ class ExactAugmentedLagrangian(Iteration):
         state, values = dict(state), self.setting.constants
         x, multipliers = state["x"], state["multipliers"]
         at = _derivatives(self.task, x, multipliers)
-        if not bool(at.residual.isfinite().all() and at.H.isfinite().all()):
+        value = self.task.objective(x)
+        if not bool(value.isfinite() and at.residual.isfinite().all() and at.H.isfinite().all()):
             return state, self._said(state, math.nan, 0, RunStatus.DIVERGED)
         size = float(at.residual.norm())
         if size <= values["tol"]:

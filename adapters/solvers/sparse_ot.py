@@ -9,7 +9,8 @@ Semi-dual, with s_j = α − c_j:         max aᵀα − Σ_j (⟨s_j, t_j⟩ �
 A step is one iteration of L-BFGS, or of Adam, on every problem of every split.  The plan is the
 gradient formula at the current potentials; nothing else is trained.  The duals are those of the
 convex relaxation: where ties at rank k leave a gap, T misses its row marginals, so "row_error" is
-always reported, and costs are only comparable where it is small.
+always reported, and costs are only comparable where it is small.  The dual has a kink
+at such ties, and L-BFGS ends there with status LINESEARCH.
 
 γ and C are smooth by the envelope theorem, without unrolling: d value/dγ = ½‖T‖² and
 d value/dC = T.  Cardinality, form and optimizer are the sampler's.
@@ -35,6 +36,9 @@ from bilevel.metrics import Role, RunStatus
 from bilevel.space import Space
 
 __all__ = ["SparseTransport", "dual", "plan", "project_simplex", "semi_dual"]
+
+STALLED = 1e-6
+"""Largest gradient at which a line search without further decrease counts as converged."""
 
 
 class SparseTransport(Iteration):
@@ -74,7 +78,7 @@ class SparseTransport(Iteration):
             length = m if values["form"] == "semi_dual" else m + n
             zero = torch.zeros(length, dtype=task.dtype, device=task.device)
             state["problems"][name] = [
-                {"potentials": zero.clone(), "optimizer": None, "done": False}
+                {"potentials": zero.clone(), "optimizer": None, "gap": math.inf, "done": False}
                 for _ in range(len(split["a"]))
             ]
         return state
@@ -92,8 +96,12 @@ class SparseTransport(Iteration):
                 value += found if name == "train" else 0.0
         done = all(p["done"] for found in problems.values() for p in found)
         k = state["k"] + 1
-        status = RunStatus.CONVERGED if done else RunStatus.RUNNING
-        if not done and k >= self.setting.constants["max_iter"]:
+        status = RunStatus.RUNNING
+        if done:
+            worst = max(p["gap"] for found in problems.values() for p in found)
+            stalled = worst > max(self.setting.constants["tol"], STALLED)
+            status = RunStatus.LINESEARCH if stalled else RunStatus.CONVERGED
+        elif k >= self.setting.constants["max_iter"]:
             status = RunStatus.MAX_ITER
         after = {"k": k, "problems": problems}
         entries = dict(self.measure(after, "train"))
@@ -167,6 +175,7 @@ class SparseTransport(Iteration):
         after = {
             "potentials": potentials.detach(),
             "optimizer": optimizer.state_dict(),
+            "gap": gap,
             # The potentials stand still where the line search finds no decrease any more.
             "done": gap <= values["tol"]
             or bool(torch.equal(potentials.detach(), problem["potentials"])),
