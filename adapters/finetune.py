@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from adapters import artifacts
@@ -16,25 +16,26 @@ from adapters.tasks import Split, Task, Transfer
 from bilevel.domains import Grad
 from bilevel.space import Space
 from hypergrad import seeded
-from hypergrad.optimizers import AdamW, Optimizer, Value
+from hypergrad.optimizers import Adam, Optimizer, Value
 
 __all__ = ["DECAY", "FineTune", "FullFineTune", "head_of", "learning_rate"]
 
-DECAY = Grad(1e-4, low=1e-7, high=1.0, scale="log", doc="decoupled weight decay; smooth")
+DECAY = Grad(1e-5, low=1e-8, high=0.1, scale="log", doc="L2 penalty of all trained; smooth")
 
 
 def learning_rate(default: float = 3e-3) -> Grad:
-    """Return the domain of AdamW's learning rate; each method has a default of its own."""
-    return Grad(default, low=1e-6, high=0.3, scale="log", doc="learning rate of AdamW; smooth")
+    """Return the domain of Adam's learning rate; each method has a default of its own."""
+    return Grad(default, low=1e-6, high=0.3, scale="log", doc="learning rate of Adam; smooth")
 
 
 class FineTune(Method):
-    """Training of a pretrained network by AdamW; the base of adapters and sparse methods.
+    """Training of a pretrained network by Adam; the base of adapters and sparse methods.
 
     The network is the artifact "target_net": trained on the source, with the last layer made
     anew and trained for 60 steps on the frozen features where the classes differ.  Subclasses
     freeze and reparametrize in `attach`; the last layer is always trained.  Their space must
-    hold "lr" and "weight_decay".
+    hold "lr" and "weight_decay", λ of the penalty ½ λ ‖θ‖² on everything trained: a penalty and not
+    a decoupled decay, so that implicit hypergradients see it.
     """
 
     task_type: ClassVar[type[Task]] = Transfer
@@ -49,9 +50,16 @@ class FineTune(Method):
         return 32
 
     def optimizer(self, hyper: Callable[[str], Value]) -> Optimizer:
-        """AdamW with the space's "lr" and "weight_decay"."""
+        """Adam with the space's "lr"."""
         # eps above the usual 1e-8: the hypergradient in float32 needs it.
-        return AdamW(lr=hyper("lr"), weight_decay=hyper("weight_decay"), eps=1e-6)
+        return Adam(lr=hyper("lr"), eps=1e-6)
+
+    def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
+        """½ λ ‖θ‖² over everything trained."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        squares = torch.stack([p.square().sum() for p in trained]).sum()
+        half: Tensor = 0.5 * hparams["weight_decay"] * squares
+        return half
 
 
 class FullFineTune(FineTune):
@@ -74,7 +82,9 @@ def source_net(task: Task, seed: int) -> nn.Module:
     """A perceptron trained on the source: AdamW at 3e-3 for 400 steps of 64 samples."""
     data = _transfer(task)
     with seeded(seed):
-        model = MLP(data.input_shape, data.source_classes, width=data.hidden)
+        model = MLP(
+            data.input_shape, data.source_classes, width=data.hidden, activation=data.activation
+        )
     model = model.to(task.device, task.dtype)
     return _train(model, list(model.parameters()), data.split("source"), seed, 3e-3, 400)
 

@@ -57,7 +57,7 @@ class Iteration(ABC):
     name: ClassVar[str]
     space: ClassVar[Space]
     needs: ClassVar[tuple[str, ...]] = ()
-    task_type: ClassVar[type[Task]] = Task
+    task_type: ClassVar[type[Task]]
     roles: ClassVar[Mapping[str, Role]] = {}
 
     setting: Setting
@@ -191,7 +191,7 @@ class Iterated(Learner):
         Raises:
             RuntimeError: before `setup`.
         """
-        found = getattr(self, "_iteration", None)
+        found: Iteration | None = getattr(self, "_iteration", None)
         if found is None:
             raise RuntimeError(f"{self.name}: call setup(task, hparams, seed=...) first.")
         return found

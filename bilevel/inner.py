@@ -76,7 +76,10 @@ class Inner(Protocol):
         ...
 
     def evaluate(self, split: str) -> Metrics:
-        """Return at least "loss" on all of a split: "train", "val" (the outer loss) or "test"."""
+        """Return at least "loss" on all of a split: "train", "val" (the outer loss) or "test".
+
+        An inner level without some of them names those that it has in a property `splits`.
+        """
         ...
 
     def state_dict(self) -> dict[str, Any]:

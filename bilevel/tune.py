@@ -256,8 +256,8 @@ def _result(run: Run, state: dict[str, Any], again: dict[str, Any]) -> Result:
 
 
 def _evaluate(inner: Inner, split: str) -> dict[str, float] | None:
-    """Return the metrics of a split; None where a bare problem has no data for it."""
-    if isinstance(inner, ProblemInner) and split not in inner.splits:
+    """Return the metrics of a split; None where the inner level says that it has no such split."""
+    if split not in getattr(inner, "splits", (split,)):
         return None
     try:
         return dict(inner.evaluate(split))

@@ -216,7 +216,8 @@ def sample(
     ends = SIGMA_MAX ** (1 / RHO), SIGMA_MIN ** (1 / RHO)
     sigmas = [*((ends[0] + ramp * (ends[1] - ends[0])) ** RHO).tolist(), 0.0]
     nobody = torch.full_like(labels, cast(Denoiser, denoise).n_classes)
-    z, momentum = sigmas[0] * noise, torch.zeros_like(noise)
+    z: Tensor = sigmas[0] * noise
+    momentum = torch.zeros_like(noise)
     for i in range(steps):
         level = torch.full((len(z), 1), sigmas[i], dtype=z.dtype, device=z.device)
         denoised = denoise(z, level, labels)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -55,7 +53,8 @@ class Denoiser(nn.Module):
         total = (sigma.square() + SIGMA_DATA**2).sqrt()
         h = self.first(torch.cat([z / total, sigma.log() / 4], dim=1)) + self.classes(labels)
         out = self.last(self.body(h))
-        return (SIGMA_DATA / total) ** 2 * z + sigma * SIGMA_DATA / total * out
+        denoised: Tensor = (SIGMA_DATA / total) ** 2 * z + sigma * SIGMA_DATA / total * out
+        return denoised
 
 
 def scaled(x: Tensor) -> Tensor:
@@ -84,7 +83,7 @@ def denoiser(task: Task, seed: int) -> nn.Module:
         optimizer.zero_grad()
         with torch.enable_grad():
             error = model(x[rows] + sigma * noise, sigma, labels) - x[rows]
-            (weight * error.square()).mean().backward()
+            torch.autograd.backward((weight * error.square()).mean())
         optimizer.step()
         annealing.step()
     optimizer.zero_grad()
@@ -105,7 +104,7 @@ def judge(task: Task, seed: int) -> nn.Module:
         rows = torch.randint(len(x), (64,), generator=generator).to(x.device)
         optimizer.zero_grad()
         with torch.enable_grad():
-            F.cross_entropy(model(x[rows]), y[rows]).backward()
+            torch.autograd.backward(F.cross_entropy(model(x[rows]), y[rows]))
         optimizer.step()
     optimizer.zero_grad()
     return model
@@ -117,4 +116,4 @@ def _images(task: Task) -> Classification:
             f"a denoiser needs images with classes, but {task.name!r} is a {type(task).__name__} "
             f"of shape {task.input_shape}."
         )
-    return cast(Classification, task)
+    return task

@@ -89,7 +89,7 @@ class PSKD(Method):
         """Return the epoch of a step, 1 ... T."""
         rows = len(self.setting.task.split("train")["y"])
         batches = rows // min(rows, self.setting.constants["batch"])
-        return min(step // batches + 1, self.setting.constants["epochs"])
+        return int(min(step // batches + 1, self.setting.constants["epochs"]))
 
     def softening(self, hparams: Mapping[str, Any], epoch: int) -> Any:
         """Return α_t of an epoch."""

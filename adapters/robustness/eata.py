@@ -122,7 +122,7 @@ class EATA(Method):
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
         trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         x = self.setting.task.split("source")["x"][: self.setting.constants["fisher_samples"]]
-        batches = [b for b in x.split(64) if len(b) > 1]
+        batches = [b for b in torch.split(x, 64) if len(b) > 1]
 
         def loss(batch: Tensor) -> Tensor:
             logits = model(batch)
@@ -167,11 +167,11 @@ class EATA(Method):
         selected = reliable & self._new(p, hparams["redundancy"])
         keep(batch, p=p, reliable=reliable, selected=selected)
         if not bool(selected.any()):
-            return 0.0 * logits.sum()
+            return cast(Tensor, 0.0 * logits.sum())
         gain = -torch.exp(margin - uncertainty[selected]).mean()
         named = dict(model.named_parameters())
         pull = quadratic_anchor(named, self.memory["start"], self.memory["fisher"])
-        return gain + hparams["anchor"] * pull
+        return cast(Tensor, gain + hparams["anchor"] * pull)
 
     def _new(self, p: Tensor, redundancy: float) -> Tensor:
         mean = self.memory["mean"]
@@ -223,7 +223,8 @@ def batchnorm_net(task: Task, seed: int) -> nn.Module:
         rows = torch.randint(len(source["y"]), (64,), generator=generator).to(task.device)
         optimizer.zero_grad()
         with torch.enable_grad():
-            F.cross_entropy(model(source["x"][rows]), source["y"][rows]).backward()
+            loss = F.cross_entropy(model(source["x"][rows]), source["y"][rows])
+            torch.autograd.backward(loss)
         optimizer.step()
     optimizer.zero_grad()
     return model

@@ -196,7 +196,8 @@ class ExactAugmentedLagrangian(Iteration):
             basis = torch.linalg.qr(at.G.T, mode="complete").Q[:, m:]
             if float(torch.linalg.eigvalsh(basis.T @ at.H @ basis)[0]) < 1e-6:
                 shift = self.setting.constants["floor"] + float(at.H.norm())
-                return at.H + shift * torch.eye(n, dtype=at.H.dtype, device=at.H.device)
+                lifted: Tensor = at.H + shift * torch.eye(n, dtype=at.H.dtype, device=at.H.device)
+                return lifted
         return at.H
 
     def _accuracy(
@@ -205,7 +206,7 @@ class ExactAugmentedLagrangian(Iteration):
         eta1, eta2 = state["eta1"], state["eta2"]
         room = (0.5 - self.setting.constants["armijo"]) * eta2
         trial = room / ((1 + eta1 + eta2) * upsilon**2 * psi**2)
-        return max(min(delta, trial), FLOOR)
+        return float(max(min(delta, trial), FLOOR))
 
     def _said(
         self, state: Mapping[str, Any], size: float, sketches: int, status: RunStatus
@@ -226,8 +227,8 @@ def merit(task: Constrained, x: Tensor, multipliers: Tensor, eta1: float, eta2: 
     """Return M(x, λ) = f + cᵀλ + (η₁/2)‖c‖² + (η₂/2)‖∇ₓL‖²."""
     c = task.constraints(x)
     g = torch.func.grad(_lagrangian(task, multipliers))(x)
-    value: Tensor = task.objective(x) + c @ multipliers
-    return value + eta1 / 2 * c.square().sum() + eta2 / 2 * g.square().sum()
+    penalties: Tensor = eta1 / 2 * c.square().sum() + eta2 / 2 * g.square().sum()
+    return task.objective(x) + c @ multipliers + penalties
 
 
 def merit_gradient(at: _Point, eta1: float, eta2: float) -> Tensor:
@@ -254,7 +255,7 @@ def sensitivity(
     A = torch.func.jacrev(lambda v: residual(v[:n], v[n:], p))(torch.cat([x, multipliers]))
     right = torch.func.jacrev(lambda q: residual(x, multipliers, q))(p)
     try:
-        solved = torch.linalg.solve(A, -right.reshape(len(A), -1))
+        solved: Tensor = torch.linalg.solve(A, -right.reshape(len(A), -1))
     except RuntimeError as error:
         raise ValueError("the KKT matrix is singular: the solution has no derivative.") from error
     return solved.reshape(right.shape)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Sketch"]
+
+Equations = tuple[NDArray[Any], NDArray[Any]]
 
 CHUNK = 64
 """Sketches between two looks at the residual, which costs as much as several of them."""
@@ -66,7 +71,7 @@ class Sketch:
             used += count
         return torch.from_numpy(now).to(self._like), used
 
-    def _draw(self, count: int, generator: torch.Generator) -> list[tuple[np.ndarray, np.ndarray]]:  # type: ignore[type-arg]
+    def _draw(self, count: int, generator: torch.Generator) -> list[Equations]:
         """Return (S, SᵀA) of some sketches; for rows S holds their numbers."""
         q, size = self._block, len(self._right)
         if self._kind == "gaussian":

@@ -9,8 +9,8 @@ Semi-dual, with s_j = α − c_j:         max aᵀα − Σ_j (⟨s_j, t_j⟩ �
 A step is one iteration of L-BFGS, or of Adam, on every problem of every split.  The plan is the
 gradient formula at the current potentials; nothing else is trained.  The duals are those of the
 convex relaxation: where ties at rank k leave a gap, T misses its row marginals, so "row_error" is
-always reported, and costs are only comparable where it is small.  The dual has a kink
-at such ties, and L-BFGS ends there with status LINESEARCH.
+always reported, and costs are only comparable where it is small.  The dual has a kink at
+such ties, and L-BFGS ends there with status LINESEARCH.
 
 γ and C are smooth by the envelope theorem, without unrolling: d value/dγ = ½‖T‖² and
 d value/dC = T.  Cardinality, form and optimizer are the sampler's.
@@ -169,7 +169,7 @@ class SparseTransport(Iteration):
 
         if problem["done"]:
             return dict(problem), -closure()
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call, unused-ignore]
         value = -closure()
         gap = float(cast(Tensor, potentials.grad).abs().max())
         after = {

@@ -20,7 +20,12 @@ SHIFTS = ("noise", "contrast", "brightness", "salt_pepper", "blur", "dropout", "
 
 
 def digits_stream(
-    strength: float = 1.0, seed: int = 0, n_train: int = 448, n_val: int = 210
+    strength: float = 1.0,
+    seed: int = 0,
+    n_train: int = 448,
+    n_val: int = 210,
+    hidden: tuple[int, ...] = (128, 64),
+    activation: str = "relu",
 ) -> Transfer:
     """Handwritten digits under seven corruptions in turn, with a network trained on clean ones.
 
@@ -32,6 +37,8 @@ def digits_stream(
         seed: decides splits and corruptions.
         n_train: samples of the stream.
         n_val: validation samples; the rest of the target are test samples.
+        hidden: widths of the source perceptron's hidden layers.
+        activation: of its hidden layers.
 
     Raises:
         TypeError: an argument of another type.
@@ -55,11 +62,17 @@ def digits_stream(
     splits = {n: _in_turn(s, STREAM, strength, generator) for n, s in clean.splits.items()}
     options = {"strength": strength, "seed": seed, "n_train": n_train, "n_val": n_val}
     target = dataclasses.replace(clean, splits=splits, options=options)
-    return with_source(target, images[:half], labels[:half], seed, new_head=False, hidden=(128, 64))
+    source = images[:half], labels[:half]
+    return with_source(target, *source, seed, False, tuple(hidden), activation)
 
 
 def digits_robust(
-    strength: float = 1.0, seed: int = 0, n_train: int = 600, n_val: int = 300
+    strength: float = 1.0,
+    seed: int = 0,
+    n_train: int = 600,
+    n_val: int = 300,
+    hidden: tuple[int, ...] = (128, 64),
+    activation: str = "relu",
 ) -> Transfer:
     """Clean handwritten digits, with a network trained on 450 others under random corruptions.
 
@@ -72,6 +85,8 @@ def digits_robust(
         seed: decides splits and corruptions.
         n_train: training samples of the target.
         n_val: validation samples; the rest of the target are test samples.
+        hidden: widths of the source perceptron's hidden layers.
+        activation: of its hidden layers.
 
     Raises:
         TypeError: an argument of another type.
@@ -104,12 +119,20 @@ def digits_robust(
     return Transfer(
         "digits_robust",
         {**target.splits, **shifted, "source": source, "source_test": shifted["shifted"]},
-        {"strength": strength, "seed": seed, "n_train": n_train, "n_val": n_val},
+        {
+            "strength": strength,
+            "seed": seed,
+            "n_train": n_train,
+            "n_val": n_val,
+            "hidden": tuple(hidden),
+            "activation": activation,
+        },
         n_classes=10,
         corrupted=target.corrupted,
         source_classes=10,
         new_head=False,
-        hidden=(128, 64),
+        hidden=tuple(hidden),
+        activation=activation,
     )
 
 

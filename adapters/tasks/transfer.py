@@ -28,11 +28,13 @@ class Transfer(Classification):
         new_head: whether source and target have different classes, so that the last layer of a
             source network does not fit.
         hidden: widths of the source network's hidden layers.
+        activation: of the source network's hidden layers.
     """
 
     source_classes: int = field(kw_only=True)
     new_head: bool = field(kw_only=True)
     hidden: tuple[int, ...] = field(kw_only=True)
+    activation: str = field(kw_only=True)
 
     def __post_init__(self) -> None:
         missing = [name for name in ("source", "source_test") if name not in self.splits]
@@ -57,12 +59,18 @@ class Transfer(Classification):
 
 
 def digits_transfer(
-    noise: float = 0.0, seed: int = 0, n_train: int = 100, n_val: int = 200
+    noise: float = 0.0,
+    seed: int = 0,
+    n_train: int = 100,
+    n_val: int = 200,
+    hidden: tuple[int, ...] = (128, 128, 64),
+    activation: str = "relu",
 ) -> Transfer:
     """Handwritten digits 5-9 with a network trained on digits 0-4 (896 and 901 samples).
 
-    Labels of the target are 0 ... 4.  See `adapters.tasks.make.classification` for the arguments,
-    which are those of the target; the source has 600 training samples.
+    Labels of the target are 0 ... 4; the source has 600 training samples.  See
+    `adapters.tasks.make.classification` for the first four arguments, which are those of the
+    target, and `Transfer` for the last two.
     """
     images, labels = load_digit_images()
     low = labels < 5
@@ -76,16 +84,23 @@ def digits_transfer(
         n_val=n_val,
         standardize=False,
     )
-    return with_source(target, images[low], labels[low], seed, new_head=True, hidden=(128, 128, 64))
+    source = images[low], labels[low]
+    return with_source(target, *source, seed, True, tuple(hidden), activation)
 
 
 def digits_rotated(
-    noise: float = 0.0, seed: int = 0, n_train: int = 200, n_val: int = 200
+    noise: float = 0.0,
+    seed: int = 0,
+    n_train: int = 200,
+    n_val: int = 200,
+    hidden: tuple[int, ...] = (256, 256),
+    activation: str = "relu",
 ) -> Transfer:
     """Handwritten digits turned by 90 degrees, with a network trained on upright ones.
 
     Half of the samples are the source, the others the target; both have ten classes.  See
-    `adapters.tasks.make.classification` for the arguments, which are those of the target.
+    `adapters.tasks.make.classification` for the first four arguments, which are those of the
+    target, and `Transfer` for the last two.
     """
     images, labels = load_digit_images()
     order = np.random.default_rng(np.random.SeedSequence([seed, 90])).permutation(len(labels))
@@ -101,9 +116,8 @@ def digits_rotated(
         n_val=n_val,
         standardize=False,
     )
-    return with_source(
-        target, images[source], labels[source], seed, new_head=False, hidden=(256, 256)
-    )
+    upright = images[source], labels[source]
+    return with_source(target, *upright, seed, False, tuple(hidden), activation)
 
 
 def with_source(
@@ -111,9 +125,9 @@ def with_source(
     images: NDArray[Any],
     labels: NDArray[Any],
     seed: int,
-    *,
     new_head: bool,
     hidden: tuple[int, ...],
+    activation: str,
 ) -> Transfer:
     """Return a target with a source made of images of its own: 600 to train on.
 
@@ -124,6 +138,7 @@ def with_source(
         seed: decides the source's split.
         new_head: whether the classes differ from the target's.
         hidden: widths of the source network's hidden layers.
+        activation: of its hidden layers.
     """
     source = classification(
         "source", images, labels, noise=0.0, seed=seed, n_train=600, n_val=100, standardize=False
@@ -134,10 +149,11 @@ def with_source(
     return Transfer(
         target.name,
         {**target.splits, "source": source.split("train"), "source_test": later},
-        target.options,
+        {**target.options, "hidden": hidden, "activation": activation},
         n_classes=target.n_classes,
         corrupted=target.corrupted,
         source_classes=source.n_classes,
         new_head=new_head,
         hidden=hidden,
+        activation=activation,
     )

@@ -38,8 +38,8 @@ class Transport(Task):
                     )
                 if not bool((split[weights] > 0).all()):
                     raise ValueError(f"splits[{name!r}][{weights!r}] must be positive.")
-            masses = [split[key].sum(dim=1) for key in ("a", "b")]
-            if not torch.allclose(*masses):
+            masses = split["a"].sum(dim=1), split["b"].sum(dim=1)
+            if not torch.allclose(masses[0], masses[1]):
                 raise ValueError(
                     f"splits[{name!r}]: a and b must have equal mass, but got {masses[0].tolist()} "
                     f"and {masses[1].tolist()}."

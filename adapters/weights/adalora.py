@@ -105,31 +105,17 @@ class AdaLoRAMethod(WeightAdapter):
             0.1, low=1e-4, high=10.0, scale="log", doc="weight γ of the regularizer; smooth"
         ),
         rank=Int(2, 32, log=True, default=6, doc="rank r₀ at the start"),
-        target_rank=Int(1, 31, log=True, default=4, doc="mean rank r_T at the end, below r₀"),
-        warm_up=Int(0, 10_000, default=25, doc="steps t_i before the budget falls"),
-        final=Int(0, 50_000, default=75, doc="steps t_f with the final budget"),
+        target=Float(0.1, 0.95, default=0.67, doc="share r_T/r₀ of the ranks at the end"),
+        warm_up=Float(0.0, 0.45, default=0.1, doc="share t_i/T of the run before the budget falls"),
+        final=Float(0.0, 0.45, default=0.3, doc="share t_f/T of the run with the final budget"),
         interval=Int(1, 1000, log=True, default=5, doc="steps ΔT between two prunings"),
-        total=Int(2, 100_000, log=True, default=250, doc="steps T of the whole run"),
+        total=Int(10, 100_000, log=True, default=250, doc="steps T of the whole run"),
         beta1=Float(0.5, 0.999, default=0.85, doc="decay β₁ of the importance"),
         beta2=Float(0.5, 0.999, default=0.85, doc="decay β₂ of its uncertainty"),
     ).own(lr="sampler")
 
     def attach(self, model: nn.Module) -> None:
-        """Put the maps on, and check the schedule of the budget.
-
-        Raises:
-            ValueError: target_rank is not below rank, or the phases do not fit into the run.
-        """
-        c = self.setting.constants
-        if c["target_rank"] >= c["rank"]:
-            raise ValueError(
-                f"target_rank must be below rank={c['rank']}, but got {c['target_rank']}."
-            )
-        if c["warm_up"] + c["final"] >= c["total"]:
-            raise ValueError(
-                f"warm_up + final must be below total={c['total']}, but got "
-                f"{c['warm_up']} + {c['final']}."
-            )
+        """Put the maps on."""
         super().attach(model)
         self.memory |= {"importance": {}, "uncertainty": {}, "kept": None}
 
@@ -140,16 +126,18 @@ class AdaLoRAMethod(WeightAdapter):
         for entries in places.values():
             for key in entries.values():
                 self._follow(key, state)
-        final = state.step >= c["total"] - c["final"]
+        total = c["total"]
+        warm_up, last = round(c["warm_up"] * total), round(c["final"] * total)
+        final = state.step >= total - last
         if self.memory["kept"] is not None:
             self._mask(state, places, self.memory["kept"])
         elif state.step % c["interval"] == 0 or final:
             scores = self._scores(places)
             if not scores or not float(torch.cat([*scores.values()]).max()) > 0:
                 return
-            schedule = (c["warm_up"], c["final"], c["total"])
-            each = len(layers)
-            count = budget(state.step, each * c["rank"], each * c["target_rank"], *schedule)
+            ranks = len(layers) * c["rank"]
+            kept_ranks = len(layers) * max(1, round(c["target"] * c["rank"]))
+            count = budget(state.step, ranks, kept_ranks, warm_up, last, total)
             kept = _largest(scores, count)
             self._mask(state, places, kept)
             if final:

@@ -93,7 +93,7 @@ class LoRASBMethod(WeightAdapter):
         samples=Int(1, 1000, log=True, default=50, doc="training samples of the first gradient"),
         transform=Choice("sign", "raw", default="sign", doc="of the first gradient"),
         basis=Choice("update", "weight", default="update", doc="LoRA-SB, or LoRA-XS"),
-        rank=Int(2, 64, log=True, default=16, doc="size r of the core"),
+        rank=Int(2, 32, log=True, default=16, doc="size r of the core"),
     ).own(lr="sampler")
 
     def calibrate(self, model: nn.Module) -> Tensor:

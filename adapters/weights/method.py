@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -60,10 +61,16 @@ class WeightAdapter(FineTune):
             return super().predict(model, hparams, batch)
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
-        """Return the sum of the maps' regularizers."""
+        """Return ½ λ ‖θ‖² and the maps' regularizer."""
+        decay = super().penalty(model, hparams)
         with configured(model, hparams) as found:
-            each = [p for p in (m.penalty() for m in found.values()) if p is not None]
-        return sum(each[1:], each[0]) if each else None
+            regularizer = self.regularizer([m.penalty() for m in found.values()])
+        return decay if regularizer is None or decay is None else decay + regularizer
+
+    def regularizer(self, each: Sequence[Tensor | None]) -> Tensor | None:
+        """Return the regularizer made of each layer's: their sum."""
+        given = [p for p in each if p is not None]
+        return torch.stack(given).sum() if given else None
 
     def finish(self, model: nn.Module, hparams: Mapping[str, Any]) -> nn.Module:
         """Merge the maps, with the hyperparameters in them."""

@@ -13,15 +13,16 @@ s is ours, 1 in the paper.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters.finetune import DECAY, learning_rate
-from adapters.reparam import Parts, Reparam, Start
+from adapters.reparam import Parts, Reparam, Start, adaptable, replaced
 from adapters.weights.method import WeightAdapter
 from bilevel.domains import Choice, Grad, Int
 from bilevel.space import Space
@@ -88,9 +89,29 @@ class MiSSMethod(WeightAdapter):
         lr=learning_rate(0.03),
         weight_decay=DECAY,
         scale=Grad(1.0, low=0.01, high=10.0, scale="log", doc="gain s; smooth"),
-        rank=Int(1, 64, log=True, default=8, doc="rank or block size r"),
+        rank=Int(1, 32, log=True, default=8, doc="rank or block size r"),
         variant=Choice("miss", "bat", "mini", default="miss", doc="how D enters the weight"),
         mini_rows=Int(
             1, 64, log=True, default=1, doc="m of variant mini", when={"variant": "mini"}
         ),
     ).own(lr="sampler")
+
+    def choose(self, model: nn.Module) -> Mapping[str, Reparam]:
+        """The map of each layer; bat and mini get the largest block that divides its weight."""
+        settings, places = self.settings(), adaptable(model)
+        assert isinstance(settings, MiSS)
+        found: dict[str, Reparam] = {}
+        for name in self.targets(model):
+            rows, columns = places[name].weight.flatten(1).shape
+            fitting: dict[str, int] = {}
+            if settings.variant == "bat":
+                fitting["rank"] = _divisor(math.gcd(rows, columns), settings.rank)
+            if settings.variant == "mini":
+                fitting["mini_rows"] = _divisor(rows, settings.mini_rows)
+            found[name] = replaced(settings, fitting)
+        return found
+
+
+def _divisor(number: int, most: int) -> int:
+    """Return the largest divisor of a number that is not above `most`."""
+    return max(d for d in range(1, min(most, number) + 1) if number % d == 0)

@@ -15,15 +15,15 @@ Source: Cao, SORSA, arXiv 2409.00055, sections 3 and 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adapters.finetune import DECAY, learning_rate
-from adapters.reparam import Parts, Reparam, Start, maps
+from adapters.reparam import Parts, Reparam, Start
 from adapters.weights.method import WeightAdapter
 from bilevel.domains import Choice, Grad, Int
 from bilevel.space import Space
@@ -96,7 +96,7 @@ class SORSAMethod(WeightAdapter):
         rank=Int(1, 32, log=True, default=4, doc="singular triplets r that are trained"),
     ).own(lr="sampler")
 
-    def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
+    def regularizer(self, each: Sequence[Tensor | None]) -> Tensor | None:
         """γ R, the mean over the layers."""
-        total = super().penalty(model, hparams)
-        return None if total is None else total / len(maps(model))
+        total = super().regularizer(each)
+        return None if total is None else total / len(each)

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters.finetune import DECAY, learning_rate
-from adapters.reparam import Parts, Reparam, Start
+from adapters.reparam import Parts, Reparam, Start, adaptable, replaced
 from adapters.weights.method import WeightAdapter
-from bilevel.domains import Choice, Grad, Int
+from bilevel.domains import Choice, Float, Grad
 from bilevel.space import Space
 
 __all__ = ["SVFit", "SVFitMethod"]
@@ -79,5 +79,14 @@ class SVFitMethod(WeightAdapter):
         anchor=Grad(1e-5, low=1e-7, high=10.0, scale="log", doc="pull λ towards σ⁰; smooth"),
         exponent=Grad(0.0, low=-1.0, high=1.5, doc="step of value j grows like σ_j^p; smooth"),
         form=Choice("linear", "log", default="linear", doc="how δ changes σ"),
-        rank=Int(1, 64, log=True, default=64, doc="singular values r that are trained"),
+        share=Float(0.05, 1.0, default=1.0, doc="share of the singular values that is trained"),
     ).own(lr="sampler")
+
+    def choose(self, model: nn.Module) -> Mapping[str, Reparam]:
+        """The map of each layer, with its rank."""
+        share, places = self.setting.constants["share"], adaptable(model)
+        ranks = {n: min(places[n].weight.flatten(1).shape) for n in self.targets(model)}
+        return {
+            name: replaced(self.settings(), {"rank": max(1, round(share * r))})
+            for name, r in ranks.items()
+        }

@@ -30,7 +30,8 @@ from benchmarks.hypergrad.environments import (
     set_up,
 )
 from benchmarks.hypergrad.reference import reference
-from benchmarks.hypergrad.table import Conditions, Line, problem_table, render
+from benchmarks.hypergrad.store import Entry, Store
+from benchmarks.hypergrad.table import problem_table, render
 from benchmarks.hypergrad.worker import Job, Row, load
 
 TIMEOUT = 900
@@ -51,36 +52,39 @@ def main(arguments: list[str]) -> None:
     found = {name: environment(name, cache, sources) for name in ["ours", *peers]}
     if options.quick:
         found = {k: e for k, e in found.items() if e.python in ("", sys.executable)}
-    absent = [f"{load(k).title}: {e.missing}" for k, e in found.items() if e.missing]
+    absent = {k: f"{load(k).title}: {e.missing}" for k, e in found.items() if e.missing}
     ready = {k: e for k, e in found.items() if not e.missing}
 
-    tables, loads = [], [os.getloadavg()[0]]
+    output = options.output
+    if output is None and not (options.quick or options.steps):
+        output = ROOT / "benchmarks" / "results" / "hypergrad.md"
+    store = Store(output and output.with_suffix(".json"))
     for name in names:
         started = time.perf_counter()
         if name == "scaling":
-            tables.append(_measured_scaling(ready["ours"], min(repeats, 5)))
+            store.put_scaling(_measured_scaling(ready["ours"], min(repeats, 5)))
         else:
-            tables.append(_measured(name, ready, options, repeats, cache))
-        loads.append(os.getloadavg()[0])
-        print(f"\n{tables[-1]}\n\n[{time.perf_counter() - started:.0f} s]", flush=True)
-    command = " ".join(["python -m benchmarks.hypergrad", *_shown(arguments)])
-    conditions = Conditions(command, repeats, (min(loads), max(loads)))
-    page = render(conditions, tables, absent)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(page)
-    print("\n".join(f"Not measured: {reason}" for reason in absent))
+            _measure(name, ready, options, repeats, cache, store)
+        seconds = time.perf_counter() - started
+        print(f"\n{_table(name, store, options.steps, cache)}\n\n[{seconds:.0f} s]", flush=True)
+    if output is not None:
+        known = [name for name in [*problems.NAMES, "scaling"] if name in store.content]
+        measured = {library for name in known for library in store.content[name]}
+        missing = [reason for library, reason in absent.items() if library not in measured]
+        tables = [_table(name, store, options.steps, cache) for name in known]
+        output.write_text(render(tables, missing))
+    print("\n".join(f"Not measured: {reason}" for reason in absent.values()))
 
 
-def _measured(
+def _measure(
     name: str,
     ready: dict[str, Environment],
     options: argparse.Namespace,
     repeats: int,
     cache: Path,
-) -> str:
-    known = reference(name, options.steps, cache)
-    lines = []
+    store: Store,
+) -> None:
+    reference(name, options.steps, cache)
     for library, where in ready.items():
         job = Job(
             library=library,
@@ -91,10 +95,23 @@ def _measured(
             memory=not options.quick,
             cache=str(cache),
         )
-        title = "**ours**" if library == "ours" else load(library).title
-        lines += [Line(title, row) for row in _run(job, where)]
-    title = problems.make(name, torch.float32, options.steps, known["params"]).title
-    return problem_table(f"{name}: {title}", lines, known.get("check"))
+        before = os.getloadavg()[0]
+        rows = _run(job, where)
+        loads = sorted((before, os.getloadavg()[0]))
+        if rows:
+            store.put(name, library, Entry(rows, repeats, (loads[0], loads[1])))
+
+
+def _table(name: str, store: Store, steps: int | None, cache: Path) -> str:
+    if name == "scaling":
+        return scaling.table(store.scaling or {})
+    known = reference(name, steps, cache)
+    title = problems.make(name, torch.float32, steps, known["params"]).title
+    entries = {
+        "**ours**" if library == "ours" else load(library).title: entry
+        for library, entry in store.entries(name, ["ours", *PEERS]).items()
+    }
+    return problem_table(f"{name}: {title}", entries, known.get("check"))
 
 
 def _run(job: Job, where: Environment) -> list[Row]:
@@ -123,7 +140,7 @@ def _run(job: Job, where: Environment) -> list[Row]:
         return [Row(**row) for row in json.loads(answer.read_text())]
 
 
-def _measured_scaling(where: Environment, repeats: int) -> str:
+def _measured_scaling(where: Environment, repeats: int) -> dict[str, list[float]]:
     done = subprocess.run(
         [where.python, "-m", "benchmarks.hypergrad.scaling", str(repeats)],
         env=where.variables(),
@@ -131,7 +148,8 @@ def _measured_scaling(where: Environment, repeats: int) -> str:
         text=True,
         check=True,
     )
-    return scaling.table(json.loads(done.stdout))
+    times: dict[str, list[float]] = json.loads(done.stdout)
+    return times
 
 
 def _names(text: str, known: list[str], option: str) -> list[str]:
@@ -147,21 +165,6 @@ def _names(text: str, known: list[str], option: str) -> list[str]:
     if unknown:
         raise SystemExit(f"{option}: {unknown[0]!r} is not one of {', '.join(known)}.")
     return names
-
-
-def _shown(arguments: list[str]) -> list[str]:
-    """Return the options that make a difference to others: no paths."""
-    kept, skip = [], False
-    for argument in arguments:
-        if not skip and argument in ("--cache", "--output", "--hypertorch"):
-            skip = True
-            if argument == "--hypertorch":
-                kept += [argument, "PATH"]
-        elif skip:
-            skip = False
-        else:
-            kept.append(argument)
-    return kept
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -180,8 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--setup", nargs="?", const="all", help="create the environments of the peers, or of some")
     add("--hypertorch", type=Path, help="a clone of prolearner/hypertorch (not on PyPI)")
     add("--cache", type=Path, default=cache_folder(), help="references and environments")
-    output = ROOT / "benchmarks" / "results" / "hypergrad.md"
-    add("--output", type=Path, default=output, help="where the page goes")
+    page = "benchmarks/results/hypergrad.md; none with --quick or --steps"
+    add("--output", type=Path, help=f"where the page and its JSON file go ({page})")
     return parser
 
 

@@ -87,12 +87,25 @@ def forked(measure: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
-def peak_growth(plain: Callable[[], object], run: Callable[[], object]) -> tuple[float, float]:
+def peak_growth(
+    plain: Callable[[], object],
+    run: Callable[[], object],
+    warm_up: Callable[[], object] | None = None,
+) -> tuple[float, float]:
     """Return by how many MB `run` raises the peak memory of this process over plain training's.
 
     To be called in a fresh process; returns the wall time of the run too, in seconds.
+
+    Args:
+        plain: plain training.
+        run: what is measured.
+        warm_up: a small run that makes the libraries load their code before, so that it does not
+            count; without it everything that the first call loads or compiles counts.
     """
     plain()
+    if warm_up is not None:
+        warm_up()
+        gc.collect()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     run()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from benchmarks.hypergrad.store import Entry
 from benchmarks.hypergrad.worker import Row
 
-__all__ = ["Conditions", "Line", "problem_table", "render"]
+__all__ = ["Line", "problem_table", "render"]
 
 
 @dataclass(frozen=True)
@@ -22,35 +23,14 @@ class Line:
     row: Row
 
 
-@dataclass(frozen=True)
-class Conditions:
-    """Under which circumstances the figures came about.
-
-    Attributes:
-        command: what was run.
-        repeats: of every timing.
-        load: lowest and highest load average.
-    """
-
-    command: str
-    repeats: int
-    load: tuple[float, float]
-
-    def __str__(self) -> str:
-        return (
-            f"Command: `{self.command}`. torch {torch.__version__}, Python "
-            f"{platform.python_version()}, {_processor()}, {os.cpu_count()} cores, one thread, "
-            f"load average {self.load[0]:.1f} to {self.load[1]:.1f}, up to {self.repeats} repeats."
-        )
-
-
 EXPLANATION = """\
 - **ms**: user and system time of one whole hypergradient, the least of the repeats.
 - **× plain**: divided by the least of the yardstick, interleaved in the same process; in brackets
   the ratio of medians. The yardstick is T ordinary `torch.optim` steps with the penalty in the
   loss, or (P1a, P1, P3) one gradient of the inner loss.
-- **extra MB**: growth of the peak memory over plain training, in a forked fresh process; code
-  that a library loads at its first call is counted.
+- **extra MB**: growth of the peak memory over plain training and a run of two steps, which loads
+  the code that a library loads at its first call, in a forked fresh process; the compiler and all
+  that it loads is counted.
 - **error**: relative error of the hypergradient in float64 against a straightforward float64
   unroll, or against 20 iterations of conjugate gradients on the dense Hessian. "f32": the method
   was run in float32, and its rounding is in the figure.
@@ -58,18 +38,23 @@ EXPLANATION = """\
 - **compile s**: wall time of the first call of a method that compiles, not part of ms."""
 
 
-def problem_table(title: str, lines: Sequence[Line], check: float | None) -> str:
+def problem_table(title: str, entries: Mapping[str, Entry], check: float | None) -> str:
     """Return the table of one problem.
 
     Args:
         title: heading.
-        lines: rows in order.
+        entries: what was measured, by title of the library, in order.
         check: relative difference of the reference to central differences, where it has one.
     """
+    lines = [Line(name, row) for name, entry in entries.items() for row in entry.rows]
     plain = [line.row.plain_ms for line in lines if line.row.plain_ms is not None]
+    low = min(entry.load[0] for entry in entries.values())
+    high = max(entry.load[1] for entry in entries.values())
+    repeats = max(entry.repeats for entry in entries.values())
     text = [f"## {title}", ""]
     if plain:
         text.append(f"Yardstick: {_number(min(plain))} to {_number(max(plain))} ms.")
+    text.append(f"Load average {low:.1f} to {high:.1f}, up to {repeats} repeats.")
     if check is not None:
         text.append(f"The reference agrees with central differences to {check:.0e}.")
     text += ["", _HEAD, _RULE]
@@ -91,12 +76,21 @@ def problem_table(title: str, lines: Sequence[Line], check: float | None) -> str
     return "\n".join(text)
 
 
-def render(conditions: Conditions, tables: Sequence[str], absent: Sequence[str]) -> str:
+def render(tables: Sequence[str], absent: Sequence[str]) -> str:
     """Return the whole page."""
-    parts = ["# Hypergradients: cost, memory, error", str(conditions), EXPLANATION, *tables]
+    parts = ["# Hypergradients: cost, memory, error", _conditions(), EXPLANATION, *tables]
     if absent:
         parts.append("Not measured:\n\n" + "\n".join(f"- {reason}" for reason in absent))
     return "\n\n".join(parts) + "\n"
+
+
+def _conditions() -> str:
+    return (
+        "Written by `python -m benchmarks.hypergrad`; a run of some `--problems` or `--peers` "
+        f"replaces their lines. torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{_processor()}, {os.cpu_count()} cores, one thread. What bounds the figures is in "
+        "[hypergrad_profile.md](hypergrad_profile.md)."
+    )
 
 
 _HEAD = "| method | ms | × plain | extra MB | error | to exact | compile s |"

@@ -26,7 +26,7 @@ from hypergrad.operators import Hessian
 from hypergrad.outer import outer_gradients
 from hypergrad.tree import hyper_leaves, trainable_leaves
 
-RIDGE = 2e-2
+RIDGE = problems.RIDGE_P3
 """With it, cold CG reaches 6, 2, 1.3 and 0.1 % after 7, 20, 27 and 100 products."""
 
 LENGTH, GOAL, MOST, OWN = 0.5, 0.01, 30, 3e-3

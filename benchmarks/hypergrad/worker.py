@@ -94,8 +94,8 @@ def work(job: Job) -> list[Row]:
         importlib.import_module(module)
     known = reference(job.problem, job.steps, Path(job.cache))
 
-    def methods(dtype: torch.dtype) -> dict[str, Method]:
-        problem = problems.make(job.problem, dtype, job.steps, known["params"])
+    def methods(dtype: torch.dtype, steps: int | None = job.steps) -> dict[str, Method]:
+        problem = problems.make(job.problem, dtype, steps, known["params"])
         found = library.methods(problem)
         return {m.name: m for m in found if job.compiled or not m.compiles}
 
@@ -103,17 +103,15 @@ def work(job: Job) -> list[Row]:
     yardstick, single = plain(problem), methods(torch.float32)
     rows = {name: Row(name, single=m.single) for name, m in single.items()}
 
-    # torch loads 40 MB of code at its first vector-Jacobian product, whoever takes it.
-    x = torch.zeros(2, requires_grad=True)
-    torch.autograd.grad(2 * x, x, torch.ones(2))
-
     # Memory first, while this process is fresh; compiled code goes to a cache on disk on the way,
     # so that the first call here is the cold one.
+    small = methods(torch.float32, 2)
     for name, method in single.items():
         if job.memory or method.compiles:
             with _reported(rows[name]):
+                warm_up = None if method.compiles else small[name].run
                 grown, seconds = measure.forked(
-                    lambda m=method: measure.peak_growth(yardstick, m.run)  # type: ignore[misc]
+                    lambda m=method, w=warm_up: measure.peak_growth(yardstick, m.run, w)  # type: ignore[misc]
                 )
                 rows[name].extra_mb = grown if job.memory else None
                 rows[name].compile_s = seconds if method.compiles else None

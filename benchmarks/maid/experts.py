@@ -1,8 +1,9 @@
 """Field of experts denoising of natural images, against TV and HOAG; images apart.
 
-    BILEVEL_DATA=... OMP_NUM_THREADS=1 python benchmarks/maid/experts.py [cost]
+    BILEVEL_DATA=... OMP_NUM_THREADS=1 python benchmarks/maid/experts.py [cost [arm ...]]
 
-48 filters 7×7 with weights, smoothings and a scale, d = 2,449, float32, σ = 0.1.
+Arms are numbers from 0; all by default.  48 filters 7×7 with weights, smoothings and a scale,
+d = 2,449, float32, σ = 0.1.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def denoise(make: Any, hparams: dict[str, Tensor], images: dict[str, Tensor]) ->
     return solved.x.reshape(images["clean"].shape)
 
 
-def main(cost: int) -> None:
+def main(cost: int, chosen: list[int]) -> None:
     torch.set_num_threads(1)
     train, val, test = stack(TRAIN, 48, 0), stack(VAL, 64, 1), stack(TEST, 128, 2)
 
@@ -77,6 +78,7 @@ def main(cost: int) -> None:
         ("FoE, ISGD, batch 2, Adam", experts,
          ISGD(alpha=0.05, accuracy=Decay(1.0, 0.25), **adam)),
     ]  # fmt: skip
+    arms = [arms[i] for i in chosen] or arms
     curves: list[Curve] = []
     rows: list[list[Any]] = []
     shown: dict[str, Tensor] = {"clean": test["clean"], "noisy": test["noisy"]}
@@ -107,17 +109,23 @@ def main(cost: int) -> None:
         )
     )  # fmt: skip
     title = "MAID: field of experts on natural images"
-    write("maid_experts", title, "python benchmarks/maid/experts.py", text)
+    name = "_".join(["maid_experts", *map(str, [cost] if chosen else [])])
+    write(name, title, " ".join(["python benchmarks/maid/experts.py", *map(str, [cost, *chosen])]),
+          text)  # fmt: skip
 
     def losses(axis: Any) -> None:
         for curve in curves[1:]:
             axis.plot(curve.cost, curve.loss, lw=1.1, label=curve.name)
         axis.axhline(curves[0].loss[-1], color="k", ls=":", label="TV, MAID")
-        axis.set(xlabel="cost", ylabel="training loss", yscale="log", title="field of experts")
-        axis.legend(fontsize=6)
+        low = min(min(curve.loss) for curve in curves)
+        axis.set(
+            xlabel="cost", ylabel="training loss", xscale="log", yscale="log",
+            ylim=(0.95 * low, 5 * low), title="field of experts",
+        )  # fmt: skip
+        axis.legend(fontsize=6, loc="lower left")
 
     def filters(axis: Any) -> None:
-        result = curves[2].result
+        result = min(curves[1:], key=lambda c: c.loss[-1]).result
         assert result is not None
         learned = result.hparams["filters"]
         strength = (result.hparams["weights"] - result.hparams["smoothings"]).exp()
@@ -129,7 +137,7 @@ def main(cost: int) -> None:
         axis.set_axis_off()
         axis.set_title("learned filters, strongest first")
 
-    plot("maid_experts.png", [losses, filters])
+    plot(f"{name}.png", [losses, filters])
     pictures(shown, test)
 
 
@@ -140,7 +148,7 @@ def pictures(shown: dict[str, Tensor], test: dict[str, Tensor]) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    columns = [k for k in shown if k in {"clean", "noisy", "TV, MAID"} or "ε₀ = 1" in k][:5]
+    columns = [k for k in shown if k in {"clean", "noisy", "TV, MAID"} or "ε₀ = 1" in k]
     rows = [0, 1, 2]
     figure, axes = plt.subplots(
         len(rows), len(columns), figsize=(2.3 * len(columns), 7.4), constrained_layout=True
@@ -150,11 +158,12 @@ def pictures(shown: dict[str, Tensor], test: dict[str, Tensor]) -> None:
             axis.imshow(shown[name][row], cmap="gray", vmin=0, vmax=1)
             axis.set_axis_off()
             value = psnr(shown[name][row : row + 1], test["clean"][row : row + 1])
-            label = name if name == "clean" else f"{name}\n{value:.2f} dB"
+            label = name if name == "clean" else f"{name.split(', ε₀')[0]}\n{value:.2f} dB"
             axis.set_title(label, fontsize=7)
     figure.savefig(FIGURES / "maid_denoising.png", dpi=110)
     plt.close(figure)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 250)
+    given = [int(v) for v in sys.argv[1:]]
+    main(given[0] if given else 8000, given[1:])

@@ -143,7 +143,7 @@ def main(cost: int, seeds: int) -> None:
         )
     )  # fmt: skip
     title = "MAID on a non-convex network"
-    write("maid_network", title, "python benchmarks/maid/network.py", text)
+    write("maid_network", title, f"python benchmarks/maid/network.py {cost} {seeds}", text)
 
     def panel(init: str) -> Any:
         def draw(axis: Any) -> None:
@@ -164,6 +164,6 @@ def _spread(values: list[float]) -> str:
 
 if __name__ == "__main__":
     main(
-        int(sys.argv[1]) if len(sys.argv) > 1 else 1000,
-        int(sys.argv[2]) if len(sys.argv) > 2 else 2,
+        int(sys.argv[1]) if len(sys.argv) > 1 else 4000,
+        int(sys.argv[2]) if len(sys.argv) > 2 else 3,
     )

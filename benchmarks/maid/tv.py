@@ -55,7 +55,7 @@ def main(cost: int) -> None:
         ("HOAG k^-3", HOAG(schedule=Decay(0.1, 3.0))),
     ]  # fmt: skip
     curves = [run(name, make, algorithm, cost) for name, algorithm in arms]
-    points = [500, 1500, cost]
+    points = [500, 1500, 3000, cost]
     rows = []
     for curve in curves:
         assert curve.result is not None
@@ -75,7 +75,7 @@ def main(cost: int) -> None:
             rows,
         )
     )
-    write("maid_tv", "MAID: TV denoising of crops", "python benchmarks/maid/tv.py", text)
+    write("maid_tv", "MAID: TV denoising of crops", f"python benchmarks/maid/tv.py {cost}", text)
     shown = [c for c in curves if "estimate" not in c.name]
 
     def losses(axis: Any) -> None:
@@ -85,17 +85,17 @@ def main(cost: int) -> None:
         axis.set(
             xlabel="cost", ylabel="loss", xscale="log", yscale="log", title="loss at equal cost"
         )
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
     def accuracies(axis: Any) -> None:
         for curve in shown:
             if curve.name.startswith("MAID"):
                 axis.plot(curve.eps, lw=1.0, label=curve.name)
         axis.set(xlabel="outer step", ylabel="ε", yscale="log", title="ε finds its level")
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=6, loc="lower left")
 
-    plot("maid_tv.png", [losses, accuracies], width=6.0)
+    plot("maid_tv.png", [losses, accuracies], width=6.5)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3000)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)

@@ -61,7 +61,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], dict[str, str], tuple[int, ..
     "perceptron 784-300-300-10": (mlp, {"1": "p", "4": "q"}, (1, 28, 28)),
     "CNN 16-32-64, 28×28": (cnn, {"3": "p", "8": "q"}, (1, 28, 28)),
     "LSTM 2×128, 40 characters": (LSTM, {"drop": "p", "last": "q"}, None),
+    "the same without oneDNN": (LSTM, {"drop": "p", "last": "q"}, None),
 }
+"""Without oneDNN, the plain LSTM does its products by the same general routine as all others."""
 
 
 def examples(shape: tuple[int, ...] | None) -> dict[str, Tensor]:
@@ -202,11 +204,24 @@ def measure(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, floa
     return least
 
 
+def multiples(case: Case, name: str) -> list[list[str]]:
+    """Memory of both modes as multiples of that of plain training."""
+    rows, plain = [], case.memory("plain")
+    for mode, title in (("stn", "STN"), ("delta", "Δ-STN")):
+        state, saved = case.memory(mode)
+        parts = state / plain[0], saved / plain[1], (state + saved) / sum(plain)
+        rows.append([f"{name}, {title}", *(f"{m:.2f}" for m in parts)])
+    return rows
+
+
 def main(repeats: int) -> None:
     torch.set_num_threads(1)
     steps, parts, jvps, memory = [], [], [], []
     for name in NETWORKS:
         case = Case(name)
+        kinds = ("carried", "torch.func.jvp", "double backward")
+        if isinstance(case.net, LSTM):
+            kinds = ("carried",)  # its time loop carries tangents itself and is differentiated once
         runs = {
             "plain": case.plain,
             "inner": lambda case=case: (case.subject.step(), None)[1],  # type: ignore[misc]
@@ -215,9 +230,10 @@ def main(repeats: int) -> None:
             "delta, not linearized": case.trainer("delta", False),
             "outer stn": case.outer("stn"),
             "outer delta": case.outer("delta"),
-            **{how: case.response(how) for how in ("carried", "torch.func.jvp", "double backward")},
+            **{how: case.response(how) for how in kinds},
         }
-        found = measure(runs, repeats)
+        with torch.backends.mkldnn.flags(enabled="without" not in name):  # type: ignore[no-untyped-call]
+            found = measure(runs, repeats)
         one = found["plain"]
         ratio = {key: f"{value / one:.2f}" for key, value in found.items()}
         for mode in ("stn", "delta"):
@@ -226,12 +242,10 @@ def main(repeats: int) -> None:
             "stn", "delta", "delta, not linearized", "whole stn", "whole delta"))])  # fmt: skip
         rest = (found["delta"] - found["inner"] - found["carried"]) / one
         parts.append([name, ratio["inner"], ratio["carried"], f"{rest:.2f}"])
-        jvps.append([name, *(ratio[k] for k in ("carried", "torch.func.jvp", "double backward"))])
-        plain = case.memory("plain")
-        for mode, title in (("stn", "STN"), ("delta", "Δ-STN")):
-            state, saved = case.memory(mode)
-            multiples = state / plain[0], saved / plain[1], (state + saved) / sum(plain)
-            memory.append([f"{name}, {title}", *(f"{m:.2f}" for m in multiples)])
+        jvps.append([name, *(ratio.get(k, "-") for k in (
+            "carried", "torch.func.jvp", "double backward"))])  # fmt: skip
+        if "without" not in name:
+            memory += multiples(case, name)
         print(steps[-1], jvps[-1], flush=True)
     header = ["network", "plain step", "STN", "Δ-STN", "Δ-STN, not linearized",
               "STN with outer steps", "Δ-STN with outer steps"]  # fmt: skip
@@ -265,6 +279,8 @@ training, so that its response step counts:
 What bounds it: STN has twice the matrix products of the plain network, forward and backward. A
 Δ-STN step is a plain step and a response step with 3 products forward (value, tangent, response)
 and 2 backward (inputs through w, responses) where a plain step has 3 in all: (3 + 5) / 3 = 2.7.
+The plain LSTM is a fused oneDNN kernel; one with a weight for each example is a loop over time
+steps of general products, which run at another speed. The last row has general products for both.
 """,
     )
 

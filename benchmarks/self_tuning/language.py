@@ -128,7 +128,8 @@ Command: `OMP_NUM_THREADS=1 python -m benchmarks.self_tuning.language {steps} {s
 torch {torch.__version__}, float32, one thread.
 {" ".join((__doc__ or "").split("[seeds]]")[1].split())}
 {seeds} seeds, {steps} steps for a self-tuned or single run; each search has {3 * steps} steps in
-all, in 6 trials (PBT: 6 members). The lowest validation loss of 20 looks, and the test loss there.
+all, what a Δ-STN run costs; its first trial has the defaults. PBT is an own short implementation
+(`search.population`). The lowest validation loss of 20 looks, and the test loss there.
 
 {losses_table(found)}
 

@@ -8,7 +8,7 @@ Each run is evaluated 20 times, and its result is the evaluation with the lowest
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,9 +72,7 @@ def replayed(make: Make, result: Any, start: Mapping[str, Any], steps: int, seed
     return curve.best
 
 
-def sampled(
-    make: Make, space: Space, sampler: Any, steps: int, trials: int, each: int, seed: int
-) -> Pair:
+def sampled(make: Make, space: Space, sampler: Any, trials: int, each: int, seed: int) -> Pair:
     """Random search or TPE: `trials` plain trainings; the first one at the defaults."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=sampler)
@@ -89,9 +87,11 @@ def sampled(
 
 
 def population(
-    make: Make, space: Space, steps: int, members: int, each: int, seed: int, rounds: int = 10
+    make: Make, space: Space, members: int, each: int, seed: int, rounds: int = 10
 ) -> Pair:
     """Population-based training (Jaderberg et al. 2017): the worse third copies the better one.
+
+    An own short implementation: members take turns in one process, at equal steps.
 
     Copied values are moved by ±0.5 in the unconstrained coordinate, or drawn anew (chance 1/4).
     """
@@ -146,12 +146,14 @@ def compare(
     starts: Mapping[str, Mapping[str, Any]],
     steps: int,
     seeds: int,
-    trials: int = 6,
+    trials: Sequence[int] = (3, 6),
 ) -> tuple[dict[str, list[Pair]], dict[str, list[Any]]]:
-    """Run all ways on all seeds; returns losses by way, and the results of self-tuned runs."""
+    """Run all ways on all seeds; returns losses by way, and the results of self-tuned runs.
+
+    A search is run with each number of `trials`, which share its steps; PBT with the largest.
+    """
     found: dict[str, list[Pair]] = {}
     results: dict[str, list[Any]] = {}
-    each = SHARE * steps // trials
 
     def note(name: str, pair: Pair) -> None:
         found.setdefault(name, []).append(pair)
@@ -170,11 +172,17 @@ def compare(
             end = {k: v.detach() for k, v in last.hparams.items()}
             note(f"{first}: fixed at the end", trained(make(end, seed), steps))
             note(f"{first}: fresh on its schedule", replayed(make, last, {}, steps, seed))
-        sampler = optuna.samplers.RandomSampler(seed=seed)
-        note("random search", sampled(make, space, sampler, steps, trials, each, seed))
-        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2)
-        note("TPE", sampled(make, space, sampler, steps, trials, each, seed))
-        note("PBT", population(make, space, steps, trials, each, seed))
+        for count in trials:
+            each = SHARE * steps // count
+            sampler: Any = optuna.samplers.RandomSampler(seed=seed)
+            pair = sampled(make, space, sampler, count, each, seed)
+            note(f"random search, {count} trials of {each} steps", pair)
+            sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=2)
+            pair = sampled(make, space, sampler, count, each, seed)
+            note(f"TPE, {count} trials of {each} steps", pair)
+        members, each = max(trials), SHARE * steps // max(trials)
+        pair = population(make, space, members, each, seed)
+        note(f"PBT, {members} members with {each} steps", pair)
     return found, results
 
 

@@ -49,7 +49,8 @@ class FixedAccuracy(InexactAlgorithm):
         barzilai_borwein: begin each line search at ‖Δθ‖²/⟨Δθ, Δz⟩ where that is positive, and
             at most at ten times the step size that would come next without it.
         nonmonotone: ζ in [0, 1): compare with the Zhang–Hager average of earlier lower bounds
-            instead of the last one; 0 is monotone.
+            instead of the last one; 0 is monotone.  Where nothing tests z, as here and in
+            ``MAID(descent_test="off")``, f may then rise as far as that average.
         tolerance: converged where ‖z‖ and its error (bound, or estimate) are at most this.
         work: most lower-level gradients of one outer step, a multiple of `lower_cap`; a line
             search that needs more goes on in the next outer step.

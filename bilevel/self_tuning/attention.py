@@ -22,9 +22,9 @@ class ResponseAttention(Response, nn.MultiheadAttention):
     of its own.
     """
 
-    def attach(self, n: int, perturbation: Any) -> None:
+    def attach(self, n: int, perturbation: Any, respond: bool = True) -> None:
         """See `Response.attach`."""
-        super().attach(n, perturbation)
+        super().attach(n, perturbation, respond)
         # Fused inference of nn.TransformerEncoderLayer would go around the response.
         self._qkv_same_embed_dim = False
 

@@ -51,7 +51,7 @@ class Converted:
     Attributes:
         module: the copy; it computes what the plain module does until `perturbation` is active.
         perturbation: what its layers respond to.
-        layers: the response layers by path.
+        layers: the response layers by path, and recurrent ones that only carry tangents.
         tied: paths of response layers that share a parameter, group by group.
     """
 
@@ -67,6 +67,16 @@ class Converted:
             for path, layer in self.layers.items()
             for key, found in layer.response_shapes().items()
         }
+
+    def rates(self) -> dict[str, tuple[str, int | None]]:
+        """Return the hyperparameter of each tuned dropout layer, (name, index) by path."""
+        found = {}
+        for path, layer in self.module.named_modules():
+            if isinstance(layer, TunedDropout):
+                found[path] = layer.key
+            elif isinstance(layer, _Recurrent) and layer.between is not None:
+                found[path] = layer.between
+        return found
 
     def export(self) -> nn.Module:
         """Return a plain copy of the module, with the values that its parameters have now.
@@ -97,7 +107,7 @@ def convert(
     Args:
         module: the plain module; it is not changed.
         layout: of λ.
-        plain: paths of layers that shall not respond.
+        plain: paths of layers that shall not respond; they train as they are.
         dropout: path of a Dropout, Dropout1d, Dropout2d or LockedDropout -> its rate.  The path
             of an LSTM or GRU stands for the dropout between its layers.
         dropconnect: path of a response layer -> rate at which its weights are dropped: entries
@@ -119,21 +129,18 @@ def convert(
     for path, layer in found.items():
         kind = KINDS.get(type(layer))
         own = [p for p in layer.parameters(recurse=False) if p.requires_grad]
-        if kind is None or not own or path in plain:
-            if own and isinstance(layer, nn.RNNBase):
-                raise ValueError(
-                    f"{path}: a trained {type(layer).__name__} that does not respond is not "
-                    "supported, because it keeps references to its own weights."
-                )
+        respond = bool(own) and path not in plain
+        if kind is None or not (respond or (_recurrent(kind) and not _options(layer))):
             continue
+        # A recurrent layer without a response carries the tangents of those before it.
         _check_layer(path, layer)
         before = type(layer)
         layer.__class__ = kind
         assert isinstance(layer, Response)
         layer.plain_type = before
-        layer.attach(layout.size, perturbation)
+        layer.attach(layout.size, perturbation, respond)
         layers[path] = layer
-    if not layers:
+    if not any(layer.responding for layer in layers.values()):
         raise ValueError(
             f"{type(module).__name__} has no layer that can respond; expected a trained "
             f"{', '.join(sorted({kind.__name__ for kind in KINDS}))}."
@@ -166,25 +173,34 @@ def _check_supported(module: nn.Module) -> None:
             )
 
 
-def _check_layer(path: str, layer: nn.Module) -> None:
-    """Refuse options that the response layers do not have."""
+def _recurrent(kind: type[Response]) -> bool:
+    return issubclass(kind, _Recurrent)
+
+
+def _options(layer: nn.Module) -> dict[str, str]:
+    """Return options of a layer that response layers do not have, and what they must be."""
     wrong: dict[str, Any] = {}
     if isinstance(layer, nn.LSTM | nn.GRU):
         wrong = {"batch_first": False, "bidirectional": True, "proj_size": ...}
     elif isinstance(layer, nn.MultiheadAttention):
         wrong = {"batch_first": False, "_qkv_same_embed_dim": False, "add_zero_attn": True}
-        if layer.bias_k is not None:
-            raise ValueError(f"{path}: MultiheadAttention with add_bias_kv cannot respond.")
     elif isinstance(layer, nn.Embedding):
         wrong = {"max_norm": ..., "scale_grad_by_freq": True, "sparse": True}
+    found = {}
     for option, bad in wrong.items():
         value = getattr(layer, option)
         if bool(value) if bad is ... else value is bad:
             expected = "" if bad is ... else f"; it must be {not bad}"
-            raise ValueError(
-                f"{path}: a {type(layer).__name__} with {option.lstrip('_')}={value} cannot "
-                f"respond{expected}."
-            )
+            found[option] = f"{option.lstrip('_')}={value} cannot respond{expected}"
+    if isinstance(layer, nn.MultiheadAttention) and layer.bias_k is not None:
+        found["bias_k"] = "add_bias_kv cannot respond"
+    return found
+
+
+def _check_layer(path: str, layer: nn.Module) -> None:
+    """Refuse options that the response layers do not have."""
+    for found in _options(layer).values():
+        raise ValueError(f"{path}: a {type(layer).__name__} with {found}; list it in plain=.")
 
 
 def _key(

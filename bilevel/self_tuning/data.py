@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bilevel.single_loop.draws import chance
 
-__all__ = ["Data", "Split", "Stream", "rows_of"]
+__all__ = ["Data", "Split", "Stream", "rows_of", "warn_of_same_data"]
 
 Split = Mapping[str, Tensor] | Sequence[Any]
 """Tensors with one row per sample, or a list of batches."""
@@ -98,3 +99,17 @@ class Stream:
             return
         for start in range(0, self._rows, size):
             yield {key: value[start : start + size] for key, value in self.data.items()}
+
+
+def warn_of_same_data(train: Data, val: Data) -> None:
+    """Warn where training and validation data share a tensor."""
+    same = train is val
+    if isinstance(train, Mapping) and isinstance(val, Mapping):
+        theirs = {value.data_ptr() for value in val.values()}
+        same = same or any(value.data_ptr() in theirs for value in train.values())
+    if same:
+        warnings.warn(
+            "train and val are the same data: hyperparameters tuned on it fit the training set, "
+            "and every regularizer goes to zero.",
+            stacklevel=3,
+        )

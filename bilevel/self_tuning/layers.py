@@ -83,10 +83,14 @@ class Response(nn.Module):
     plain_type: type[nn.Module]
     gated_dim: ClassVar[int] = 0
 
-    def attach(self, n: int, perturbation: Perturbation) -> None:
-        """Add responses and gates for n hyperparameters to a plain layer."""
+    def attach(self, n: int, perturbation: Perturbation, respond: bool = True) -> None:
+        """Add responses and gates for n hyperparameters to a plain layer; none if not `respond`."""
         self.perturbation, self.dropconnect = perturbation, None
-        own = {k: p for k, p in self._parameters.items() if p is not None and p.requires_grad}
+        own = {
+            k: p
+            for k, p in self._parameters.items()
+            if respond and p is not None and p.requires_grad
+        }
         self.responding = tuple(own)
         for name, weight in own.items():
             gate = weight.new_zeros(weight.shape[self.gated_dim], n)
@@ -188,7 +192,11 @@ def affine(
     factor = layer.factor(weight)
     what = type(layer).__name__
     if factor is not None and response is not None:
-        total = broadcast(factor, y, dim, what) * apply(p.seen(x), response, None)
+        scale, product = broadcast(factor, y, dim, what), apply(p.seen(x), response, None)
+        if p.linearized:
+            total = scale * product
+        else:
+            y = torch.addcmul(y, scale, product)
     offset = None if bias is None else layer.moved(bias)
     if offset is not None:
         moved = broadcast(offset, y, dim, what)

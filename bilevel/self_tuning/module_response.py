@@ -51,7 +51,7 @@ class ModuleResponse(ResponseModel):
 
     def draw(self) -> tuple[Any, Tensor | None]:
         """See `ResponseModel.draw`."""
-        if "perturbed" not in self._inner.streams:
+        if "perturbed" not in self._inner.splits:
             return self._inner.inner_batches(1)[0], None
         batch = self._inner.draw("perturbed")
         data = batch[0]

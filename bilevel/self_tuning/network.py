@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from bilevel.checkpoint import copy
 from bilevel.checks import integer
 from bilevel.metrics import Cost, Metrics
 from bilevel.self_tuning.convert import Converted, Names, convert
-from bilevel.self_tuning.data import Data, Split, Stream, rows_of
+from bilevel.self_tuning.data import Data, Split, Stream, rows_of, warn_of_same_data
 from bilevel.self_tuning.layout import Layout
 from bilevel.self_tuning.loader import HyperSource
 from bilevel.self_tuning.module_response import ModuleResponse
@@ -69,7 +68,7 @@ class ModuleInner:
         train: training data, see `Data`.
         val: validation data: tensors or a list of batches.
         test: test data, which no decision looks at: the loss on the data that λ was tuned on is
-            optimistic.
+            optimistic.  None for none.
         predict: see above; by default ``module(batch["x"])``.
         penalty: see above.
         metrics: ``(outputs, batch) -> {name: (rows,) tensor}``, further numbers of `evaluate`.
@@ -101,7 +100,7 @@ class ModuleInner:
         outer_loss: OuterLoss,
         train: Data,
         val: Split,
-        test: Split,
+        test: Split | None = None,
         predict: Predict = forward,
         penalty: Penalty | None = None,
         metrics: Measure | None = None,
@@ -151,13 +150,14 @@ class ModuleInner:
         self._streams = {
             "train": Stream("train", train, batch_size, self._seed),
             "val": Stream("val", val, val_batch_size, self._seed + 1),
-            "test": Stream("test", test, None, self._seed),
         }
+        if test is not None:
+            self._streams["test"] = Stream("test", test, None, self._seed)
         if perturbed is not None:
             self._streams["perturbed"] = Stream("perturbed", perturbed, batch_size, self._seed)
         self._drawn = dict.fromkeys(self._streams, 0)
         self._last: list[Any] = []
-        _warn_of_same_data(train, val)
+        warn_of_same_data(train, val)
         self.set_hparams({})
 
     # The inner level.
@@ -261,7 +261,7 @@ class ModuleInner:
             ValueError: an unknown split, or an endless one.
         """
         if split not in self._streams:
-            raise ValueError(f"split must be one of {list(self._streams)}, but got {split!r}.")
+            raise ValueError(f"split must be one of {list(self.splits)}, but got {split!r}.")
         totals: dict[str, float] = {}
         count = 0
         for batch in self._streams[split].whole(EVALUATION_ROWS):
@@ -283,8 +283,17 @@ class ModuleInner:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Inner.load_state_dict`."""
+        """See `Inner.load_state_dict`.
+
+        Raises:
+            ValueError: the state is that of another network or of other hyperparameters.
+        """
         saved = copy(dict(state))
+        if saved["params"].shape != self._flat.shape:
+            raise ValueError(
+                f"saved params have {saved['params'].numel()} entries, but the network has "
+                f"{self._flat.numel()}."
+            )
         self._flat, self._optimizer_state = saved["params"].to(self._flat), saved["optimizer"]
         self.set_hparams(saved["hparams"])
         self._drawn = dict(saved["drawn"])
@@ -299,12 +308,10 @@ class ModuleInner:
                 self._trained[name].copy_(value)
         plain = self.converted.export().eval()
         values = {n: self.layout.round(n, v) for n, v in self._hparams.items()}
-        for path, layer in self.converted.module.named_modules():
-            rate = getattr(layer, "key", None) or getattr(layer, "between", None)
-            if rate is not None:
-                chosen = values[rate[0]] if rate[1] is None else values[rate[0]][rate[1]]
-                target: Any = plain.get_submodule(path)
-                setattr(target, "dropout" if hasattr(target, "dropout") else "p", float(chosen))
+        for path, (name, index) in self.converted.rates().items():
+            chosen = values[name] if index is None else values[name][index]
+            target: Any = plain.get_submodule(path)
+            setattr(target, "dropout" if hasattr(target, "dropout") else "p", float(chosen))
         return plain
 
     def response_model(self) -> ResponseModel:
@@ -312,9 +319,9 @@ class ModuleInner:
         return ModuleResponse(self, self._source)
 
     @property
-    def streams(self) -> Collection[str]:
-        """Names of the streams that there are."""
-        return self._streams
+    def splits(self) -> tuple[str, ...]:
+        """Names that `evaluate` and `draw` know."""
+        return tuple(self._streams)
 
     def named(self, flat: Tensor) -> dict[str, Tensor]:
         """Return views of a flat vector by name."""
@@ -328,16 +335,3 @@ class ModuleInner:
     def _outer_loss(self, params: Any, hparams: Any, batch: Any) -> Tensor:
         data, seed = batch
         return self.objective.outer_loss(params, data, seed)
-
-
-def _warn_of_same_data(train: Data, val: Data) -> None:
-    same = train is val
-    if isinstance(train, Mapping) and isinstance(val, Mapping):
-        theirs = {value.data_ptr() for value in val.values()}
-        same = same or any(value.data_ptr() in theirs for value in train.values())
-    if same:
-        warnings.warn(
-            "train and val are the same data: hyperparameters tuned on it fit the training set, "
-            "and every regularizer goes to zero.",
-            stacklevel=3,
-        )

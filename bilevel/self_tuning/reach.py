@@ -30,29 +30,37 @@ def check_reach(inner: Inner, model: ResponseModel, z: Tensor) -> None:
     if tuned:
         raise ValueError(f"{tuned[0]!r} is a hyperparameter of the optimizer. {_REASON}")
     saved = inner.state_dict()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        batch, _ = model.draw()
-        params = optree.tree_map(
-            lambda w: w + 0.1 * torch.randn(w.shape).to(w) if w.requires_grad else w, inner.params
-        )
-        start = torch.get_rng_state()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            unused = _unused(inner, model, z)
+    finally:
+        inner.load_state_dict(saved)
+    if unused:
+        raise ValueError(f"the training loss does not depend on {unused[0]!r}. {_REASON}")
 
-        def loss(coordinates: Tensor) -> Tensor:
-            torch.set_rng_state(start)
-            return model.training_loss(params, None, None, coordinates, batch)
 
-        base = loss(z)
-        for name, columns in model.layout.columns.items():
-            if name in model.elsewhere:
-                continue
-            moved = []
-            for step in (FAR, -FAR):
-                point = z.clone()
-                point[columns] += step
-                moved.append(loss(point))
-            if all(torch.equal(base, value) for value in moved):
-                raise ValueError(f"the training loss does not depend on {name!r}. {_REASON}")
-    inner.load_state_dict(saved)
+def _unused(inner: Inner, model: ResponseModel, z: Tensor) -> list[str]:
+    """Return names that leave the loss of a batch as it is."""
+    batch, _ = model.draw()
+    params = optree.tree_map(
+        lambda w: w + 0.1 * torch.randn(w.shape).to(w) if w.requires_grad else w, inner.params
+    )
+    start = torch.get_rng_state()
+
+    def loss(coordinates: Tensor) -> Tensor:
+        torch.set_rng_state(start)
+        return model.training_loss(params, None, None, coordinates, batch)
+
+    base, found = loss(z), []
+    for name, columns in model.layout.columns.items():
+        moved = []
+        for step in (FAR, -FAR):
+            point = z.clone()
+            point[columns] += step
+            moved.append(loss(point))
+        if name not in model.elsewhere and all(torch.equal(base, value) for value in moved):
+            found.append(name)
+    return found
 
 
 _REASON = (

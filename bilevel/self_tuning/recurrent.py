@@ -2,7 +2,8 @@
 
 Both products of a step are response layers over the gates' pre-activations (4H or 3H rows).
 DropConnect acts on the hidden-to-hidden weights, one mask for a whole sequence (Merity et al.
-2018), and on weight and response alike.  Without per-example shifts the fused kernels run.
+2018), and on weight and response alike.  Without per-example shifts the fused kernels run, with
+them the loops of `scan`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from bilevel.self_tuning.layers import Response, affine, materialize, pick
-from bilevel.self_tuning.perturbation import broadcast, dropout_mask
+from bilevel.self_tuning.perturbation import broadcast, dropout_mask, pack, unpack
+from bilevel.self_tuning.scan import Hidden, Tangents, gru_scan, lstm_scan
 
 __all__ = ["ResponseGRU", "ResponseLSTM"]
 
@@ -36,9 +38,9 @@ class _Recurrent(Response):
     bias: bool
     dropout: float
 
-    def attach(self, n: int, perturbation: Any) -> None:
+    def attach(self, n: int, perturbation: Any, respond: bool = True) -> None:
         """See `Response.attach`."""
-        super().attach(n, perturbation)
+        super().attach(n, perturbation, respond)
         self.between = None
 
     def detach(self) -> None:
@@ -81,16 +83,16 @@ class _Recurrent(Response):
         names = [f"{kind}_l{k}" for kind in ("weight_ih", "weight_hh")]
         names += [f"{kind}_l{k}" for kind in ("bias_ih", "bias_hh")] if self.bias else []
         p = self.perturbation
-        if p.shift is None or (p.shift.dim() == 1 and not p.linearized):
+        responds = p.shift is not None and not set(names).isdisjoint(self.responding)
+        if p.linearized:
+            alone = not responds and unpack(x)[1] is None
+        else:
+            alone = not responds or cast(Tensor, p.shift).dim() == 1
+        if alone:
             return self._fused(x, start, [self._whole(name) for name in names])
         bias = iter(names[2:])
         into = affine(self, x, F.linear, names[0], next(bias, None), dropconnect=False)
-        hidden = self._hidden(names[1], next(bias, None), x)
-        state, outputs = start, []
-        for t in range(x.shape[1]):
-            state = self._cell(into[:, t], hidden(state[0]), state)
-            outputs.append(state[0])
-        return torch.stack(outputs, dim=1), state
+        return self._scan(into, start, self._hidden(names[1], next(bias, None), x))
 
     def _whole(self, name: str) -> Tensor:
         """Return a parameter at a shift that all examples share."""
@@ -100,33 +102,32 @@ class _Recurrent(Response):
             return weight
         return materialize(weight, response, gate, shift, 0)
 
-    def _hidden(self, weight: str, bias: str | None, x: Tensor) -> Any:
-        """Return h -> its pre-activations, all that does not depend on h computed once."""
-        p = self.perturbation
+    def _hidden(self, weight: str, bias: str | None, x: Tensor) -> Hidden:
+        """Return the hidden-to-hidden map; one that does not respond has zero factors."""
         w, response = self.masked(weight)
         factor = self.factor(weight)
-        b = None if bias is None else self._parameters[bias]
-        offset = None if bias is None else self.moved(bias)
-        moved: Tensor | float = 0.0 if offset is None else offset
         if response is None or factor is None:
-            return lambda h: F.linear(h, w, b)
-        if p.linearized:
-
-            def linearized(h: Tensor) -> Tensor:
-                change = factor * F.linear(p.seen(h), response) + moved
-                y = p.through(h, lambda v: F.linear(v, w, b), lambda v: F.linear(v, w))
-                return p.add(y, change)
-
-            return linearized
-        both, size = torch.cat([w, response]), len(w)
+            response, factor = torch.zeros_like(w), w.new_zeros(len(w))
         broadcast(factor, x, -1, type(self).__name__)
-        fixed = moved if b is None else b + moved
+        offset = None if bias is None else self.moved(bias)
+        rows = len(x), len(w)
+        return Hidden(
+            w,
+            response,
+            factor.expand(rows),
+            None if bias is None else cast(Tensor, self._parameters[bias]),
+            None if offset is None else offset.expand(rows),
+        )
 
-        def product(h: Tensor) -> Tensor:
-            own, change = torch.split(F.linear(h, both), size, dim=-1)
-            return torch.addcmul(own, factor, change) + fixed
-
-        return product
+    def _carried(self, into: Tensor, start: State) -> tuple[Tensor, State, Tangents | None]:
+        """Return values and tangents of what a scan starts from."""
+        if not self.perturbation.linearized:
+            return into, start, None
+        value, tangent = unpack(into)
+        states = [unpack(s) for s in start]
+        zero = torch.zeros_like(value) if tangent is None else tangent
+        moved = tuple(torch.zeros_like(v) if t is None else t for v, t in states)
+        return value, tuple(v for v, _ in states), Tangents(zero.detach(), moved)
 
     # What differs between the two.
 
@@ -139,7 +140,7 @@ class _Recurrent(Response):
     def _fused(self, x: Tensor, start: State, weights: list[Tensor]) -> tuple[Tensor, State]:
         raise NotImplementedError
 
-    def _cell(self, into: Tensor, hidden: Tensor, state: State) -> State:
+    def _scan(self, into: Tensor, start: State, hidden: Hidden) -> tuple[Tensor, State]:
         raise NotImplementedError
 
     def _zeros(self, x: Tensor) -> Tensor:
@@ -161,10 +162,12 @@ class ResponseLSTM(_Recurrent, nn.LSTM):  # type: ignore[misc]
         out, h, c = torch.lstm(x, states, weights, self.bias, 1, 0.0, self.training, False, True)
         return out, (h[0], c[0])
 
-    def _cell(self, into: Tensor, hidden: Tensor, state: State) -> State:
-        i, f, g, o = (into + hidden).chunk(4, dim=-1)
-        c = f.sigmoid() * state[1] + i.sigmoid() * g.tanh()
-        return o.sigmoid() * c.tanh(), c
+    def _scan(self, into: Tensor, start: State, hidden: Hidden) -> tuple[Tensor, State]:
+        into, start, tangents = self._carried(into, start)
+        out, end, moved, moved_end = lstm_scan(into, start[0], start[1], hidden, tangents)
+        if moved is not None and moved_end is not None:
+            out, end = pack(out, moved), pack(end, moved_end)
+        return out, (out[:, -1], end)
 
 
 class ResponseGRU(_Recurrent, nn.GRU):  # type: ignore[misc]
@@ -182,9 +185,9 @@ class ResponseGRU(_Recurrent, nn.GRU):  # type: ignore[misc]
         )
         return out, (h[0],)
 
-    def _cell(self, into: Tensor, hidden: Tensor, state: State) -> State:
-        r_in, z_in, n_in = into.chunk(3, dim=-1)
-        r_h, z_h, n_h = hidden.chunk(3, dim=-1)
-        z = (z_in + z_h).sigmoid()
-        n = (n_in + (r_in + r_h).sigmoid() * n_h).tanh()
-        return (n + z * (state[0] - n),)
+    def _scan(self, into: Tensor, start: State, hidden: Hidden) -> tuple[Tensor, State]:
+        into, start, tangents = self._carried(into, start)
+        out, moved = gru_scan(into, start[0], hidden, tangents)
+        if moved is not None:
+            out = pack(out, moved)
+        return out, (out[:, -1],)

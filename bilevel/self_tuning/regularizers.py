@@ -5,6 +5,8 @@ Every strength is a number or a tensor of shape (rows,); none needs a derivative
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -28,12 +30,14 @@ def squared_norm(module: nn.Module, *, biases: bool = False) -> Tensor:
     """Return ‖w‖² over all weights of two or more dimensions, or all parameters.
 
     Where layers respond, ‖w(s_b)‖² for each example b, exactly and without materializing a
-    weight: row i contributes ‖p_i‖² + 2 g_bi ⟨p_i, R_i⟩ + g_bi² ‖R_i‖², g = G s.
+    weight: row i contributes ‖p_i‖² + 2 g_bi ⟨p_i, R_i⟩ + g_bi² ‖R_i‖², g = G s.  A tied weight
+    counts once, as the mean over its uses, each of which responds by itself.
 
     Returns:
         Shape (), or (rows,) where examples are perturbed one by one.
     """
     total: Tensor | None = None
+    uses = Counter(id(w) for layer in module.modules() for w in layer._parameters.values())
     for layer in module.modules():
         for name, weight in layer._parameters.items():
             if weight is None or name.startswith(("response_", "gate_")):
@@ -50,6 +54,7 @@ def squared_norm(module: nn.Module, *, biases: bool = False) -> Tensor:
                 if dims:
                     cross, own = cross.sum(dims), own.sum(dims)
                 part = part + 2 * factor @ cross + factor.square() @ own
+            part = part / uses[id(weight)]
             total = part if total is None else total + part
     if total is None:
         raise ValueError(f"squared_norm: {type(module).__name__} has no weights.")

@@ -61,11 +61,42 @@ class Subject:
 
 _SMALL = {"width": 16, "depth": 2}
 
+_TRANSFER = {"hidden": (32,), "activation": "tanh"}
+
+
+def _adapter(name: str, **hparams: Any) -> Subject:
+    """A fine-tuning method on a small network, at a learning rate where it learns at once."""
+    return Subject(
+        registry.get(name),
+        task="digits_transfer",
+        options=_TRANSFER,
+        hparams=hparams,
+    )
+
+
 LEARNERS: dict[str, Subject] = {
+    "adalora": _adapter("adalora", rank=4, warm_up=0.2, total=60),
+    "allora": _adapter("allora"),
+    "dct_adamw": _adapter("dct_adamw"),
+    "eva": _adapter("eva", headroom=2.0),
+    "finetune": _adapter("finetune"),
+    "frugal": _adapter("frugal", density=0.5, refresh=2),
+    "galore": _adapter("galore", refresh=3),
+    "gradnormlorp": _adapter("gradnormlorp", refresh=3),
+    "hut": _adapter("hut"),
+    "layer_adaptive_pruning": _adapter("layer_adaptive_pruning", round_steps=9, grid=10, lr=3e-3),
+    "lift": _adapter("lift", budget_rank=2, refresh=3),
+    "lora": _adapter("lora"),
+    "lora_sb": _adapter("lora_sb", rank=8),
+    "miss": _adapter("miss", rank=4),
+    "s2ft": _adapter("s2ft", up=0.25),
+    "sara": _adapter("sara", min_dim=16, reselect=3),
+    "sorsa": _adapter("sorsa"),
+    "svfit": _adapter("svfit"),
     "bang": Subject(
         registry.get("bang"),
         "digits_robust",
-        {"n_train": 200, "n_val": 30},
+        {"n_train": 200, "n_val": 100, **_TRANSFER},
         {"steps": 70, "lr": 1e-3},
         earlier=("lr", "weight_decay", "smoothing"),
     ),

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from adapters import Learner, registry, tasks
+from adapters.generation import denoiser
 from adapters.iteration import Iterated, Iteration, Progress
+from adapters.tasks import Regression
 from bilevel import Float, RunStatus, Space
 
 
@@ -40,6 +42,13 @@ ITERATIONS = {
     ),
     "sparse_ot": Case("sparse_ot", "digit_clouds", {"m": 6, "n": 8, "problems": 1}, seeded=False),
 }
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These checks do not care how good the denoiser is."""
+    monkeypatch.setattr(denoiser, "STEPS", 20)
+
 
 PARAMETRIZE = pytest.mark.parametrize("case", ITERATIONS.values(), ids=list(ITERATIONS))
 
@@ -96,6 +105,7 @@ class Doubling(Iteration):
     """x ← 2x, which ends in infinity."""
 
     name = "doubling"
+    task_type = Regression
     space = Space(start=Float(1.0, 1e300, log=True, default=1e300))
 
     def start(self) -> dict[str, Any]:

@@ -109,11 +109,11 @@ def test_every_first_accuracy_reaches_the_optimum(eps: float, test: Any) -> None
     """Check 8.5: θ* in closed form, ∇f(θ*) = 0."""
     assert LEAST.slope(LEAST.best).norm() < 1e-9
     algorithm = MAID(
-        eps=eps, descent_test=test, barzilai_borwein=True, nonmonotone=0.85, tolerance=1e-2
+        eps=eps, descent_test=test, barzilai_borwein=True, nonmonotone=0.85, tolerance=3e-2
     )
     found = tune(LEAST.inner(), algorithm, Budget(outer_steps=400))
     assert found.status is RunStatus.CONVERGED
-    assert LEAST.slope(found.hparams["theta"]).norm() < 3e-2
+    assert LEAST.slope(found.hparams["theta"]).norm() < 6e-2
     assert torch.allclose(found.hparams["theta"], LEAST.best, atol=5e-2)
 
 
@@ -353,11 +353,12 @@ def test_a_hidden_negative_curvature_withdraws_the_certificate() -> None:
         Smoothness(1.0, 10.0, 1.0, 0.0, 0.0, jacobian=1.0),
         hparams={"h": torch.tensor([0.5, 0.0], dtype=DOUBLE)},
     )
-    report, _ = MAID(eps=0.01).step(inner, MAID().init(inner))
+    sharp = MAID(eps=0.01, lower_cap=200, work=400)
+    report, _ = sharp.step(inner, sharp.init(inner))
     assert report.estimate == "negative_curvature"
     assert report.extra["certified"] == 0.0
     assert report.error_bound is None
-    damped = MAID(eps=0.01, damping=1.0)
+    damped = replace(sharp, damping=1.0)
     report, _ = damped.step(inner, damped.init(inner))
     assert report.estimate == "converged"
     assert report.extra["certified"] == 0.0
@@ -428,7 +429,7 @@ def test_images_with_any_first_accuracy_reach_one_loss() -> None:
     ends = []
     for eps in (10.0, 1e-2):
         algorithm = MAID(descent_test="off", eps=eps, alpha=0.1, barzilai_borwein=True)
-        found = tune(variation(), algorithm, Budget(outer_steps=12))
+        found = tune(variation(), algorithm, Budget(outer_steps=8))
         ends.append(float(found.trace[-1]["outer_loss"]))
     assert max(ends) - min(ends) < 2e-2 * min(ends)
     start = 0.5 * (images()["noisy"] - images()["clean"]).square().sum((1, 2)).mean()

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import parametrizations
 
-from bilevel import Grad, Space
+from bilevel import Grad, ModuleInner, SelfTuning, Space, tune
 from bilevel.self_tuning import Layout, convert
+from hypergrad import SGD
 
 SPACE = Space(
     p=Grad(0.1, low=0.0, high=0.9),
@@ -203,3 +206,63 @@ def test_layouts_that_are_refused() -> None:
     many = Space(w=Grad(0.1, low=0.0, shape=(300,)))
     with pytest.raises(ValueError, match="at most 256 hyperparameters, but got 300"):
         Layout.of(many, ["w"])
+
+
+class Words(nn.Module):
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.embed, self.rnn, self.out = nn.Embedding(5, 4), layer, nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.rnn(self.embed(x))[0].mean(1))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("layer", "width", "linearize"),
+    [
+        (lambda: nn.LSTM(4, 6, 2, batch_first=True), 6, True),
+        (lambda: nn.GRU(4, 6, batch_first=True), 6, True),
+        (lambda: nn.GRU(4, 6, batch_first=True, bidirectional=True), 12, False),
+        (lambda: nn.RNN(4, 6, batch_first=True), 6, False),
+    ],
+    ids=["LSTM", "GRU", "bidirectional", "RNN"],
+)
+def test_a_recurrent_layer_may_stay_plain_and_trains(
+    layer: Any, width: int, linearize: bool
+) -> None:
+    torch.manual_seed(0)
+    net = Words(layer(), width).double()
+    found = convert(net, LAYOUT, plain=["rnn"])
+    assert not any(name.startswith("rnn") for name in found.response_shapes())
+    x, y = torch.randint(0, 5, (8, 7)), torch.randint(0, 3, (8,))
+    assert torch.allclose(found.module(x), net(x), atol=1e-14)
+    subject = ModuleInner(
+        net, SPACE.fix(full=0.5, free=0.0, q=[0.1, 0.1]), plain=["rnn"],
+        predict=lambda m, v, b: m(b["x"]),
+        loss=lambda out, v, b: F.cross_entropy(out / (1 - v["p"][:, None]), b["y"]),
+        outer_loss=lambda out, b: F.cross_entropy(out, b["y"], reduction="none"),
+        train={"x": x, "y": y}, val={"x": x.flip(1), "y": y.clone()}, optimizer=SGD(lr=0.1),
+    )  # fmt: skip
+    before = subject.params
+    # One step of SGD on the plain network is the same.
+    plain = torch.optim.SGD(net.parameters(), lr=0.1)
+    F.cross_entropy(net(x) / 0.9, y).backward()
+    plain.step()
+    subject.step()
+    for name, value in net.named_parameters():
+        assert torch.allclose(subject.params[name], value, atol=1e-12), name
+        assert not torch.equal(subject.params[name], before[name])
+    found_run = tune(subject, SelfTuning(train_steps=2, linearize=linearize), 4)
+    assert found_run.test is None
+    if linearize:  # tangents of the embedding pass through the plain layer
+        t, shift = 1e-5, torch.randn(8, LAYOUT.size, dtype=torch.float64)
+        for name in found.response_shapes():
+            torch.nn.init.normal_(found.module.get_parameter(name))
+        ends = []
+        for sign in (1, -1):
+            with found.perturbation.active(t * sign * shift, {}):
+                ends.append(found.module(x).detach())
+        with forward_ad.dual_level(), found.perturbation.active(shift, {}, linearized=True):
+            tangent = forward_ad.unpack_dual(found.module(x)).tangent
+        assert torch.allclose(tangent, (ends[0] - ends[1]) / (2 * t), atol=1e-8)

@@ -103,13 +103,13 @@ def test_names_of_the_batch_are_not_perturbed_by_workers() -> None:
         source(per_batch=["noise"])
 
 
-@pytest.mark.parametrize("mode", ["stn", "delta"])
-def test_augmentation_in_worker_processes(mode: Any) -> None:
+@pytest.mark.parametrize(("mode", "workers"), [("stn", 0), ("delta", 1)])
+def test_augmentation_in_worker_processes(mode: Any, workers: int) -> None:
     where = source()
     loaders = {
         name: DataLoader(
             dataset(where, perturbed=name == "perturbed"), batch_size=12, shuffle=True,
-            num_workers=1, drop_last=True, persistent_workers=True,
+            num_workers=workers, drop_last=True, persistent_workers=workers > 0,
         )
         for name in ("train", "perturbed")
     }  # fmt: skip

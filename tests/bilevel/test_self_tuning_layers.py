@@ -14,6 +14,7 @@ from bilevel import Grad, Space
 from bilevel.self_tuning import LockedDropout, convert, squared_norm
 from bilevel.self_tuning.convert import Converted
 from bilevel.self_tuning.layout import Layout
+from bilevel.self_tuning.scan import Hidden, gru_scan, lstm_scan
 
 ROWS, N = 4, 3
 SPACE = Space(a=Grad(0.1, low=0.0, high=0.9), b=Grad([1.0, 2.0], low=0.0, shape=(2,)))
@@ -165,7 +166,7 @@ def test_the_tangent_is_the_derivative_at_zero_shift(name: str, training: bool) 
     assert torch.allclose(tangent, (up - down) / (2 * t), atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["linear", "conv2d", "lstm", "attention", "network"])
+@pytest.mark.parametrize("name", ["linear", "conv2d", "lstm", "gru", "attention", "network"])
 def test_derivatives_of_the_linearized_outputs(name: str) -> None:
     """d/dΘ of ⟨g, ŷ + J Θ s⟩ against differences in Θ of the tangent: no Θ is missed."""
     _, found, x = converted(name)
@@ -199,6 +200,30 @@ def test_derivatives_of_the_linearized_outputs(name: str) -> None:
         assert float((grad * direction).sum()) == pytest.approx(
             (ends[0] - ends[1]) / (2 * t), rel=1e-6, abs=1e-7
         ), key
+
+
+@pytest.mark.parametrize("gates", [3, 4])
+def test_derivatives_of_the_time_loops(gates: int) -> None:
+    """Outputs and final states against central differences, in all inputs."""
+    rows, steps, size = 2, 3, 2
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    into, states = leaf(rows, steps, gates * size), [leaf(rows, size), leaf(rows, size)]
+    weights = [leaf(gates * size, size), leaf(gates * size, size)]
+    vectors = [leaf(rows, gates * size), leaf(gates * size), leaf(rows, gates * size)]
+
+    def lstm(into: Tensor, h: Tensor, c: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+        out, end, _, _ = lstm_scan(into, h, c, Hidden(*hidden))
+        return out, end
+
+    def gru(into: Tensor, h: Tensor, c: Tensor, *hidden: Tensor) -> tuple[Tensor, ...]:
+        return gru_scan(into, h, Hidden(*hidden))[0], c
+
+    function = gru if gates == 3 else lstm
+    assert torch.autograd.gradcheck(function, (into, *states, *weights, *vectors))
 
 
 @pytest.mark.parametrize(("d_in", "d_out"), [(5, 3), (1, 1), (7, 2)])
@@ -235,6 +260,22 @@ def test_squared_norm_without_materializing(shared: bool) -> None:
     for b, shift in enumerate(shifts[None] if shared else shifts):
         expected = squared_norm(materialized(found, shift), biases=True)
         assert torch.allclose(norms if shared else norms[b], expected, rtol=1e-12)
+
+
+def test_a_tied_weight_counts_once_in_the_squared_norm() -> None:
+    encoder, decoder = nn.Embedding(7, 4), nn.Linear(4, 7, bias=False)
+    decoder.weight = encoder.weight
+    net = nn.Sequential(encoder, decoder).double()
+    assert torch.allclose(squared_norm(net), net[0].weight.square().sum())
+    found = convert(net, LAYOUT)
+    with torch.no_grad():
+        for key in found.response_shapes():
+            nn.init.normal_(found.module.get_parameter(key))
+    shift = numbers(N)
+    with found.perturbation.active(shift, {}):
+        norm = squared_norm(found.module)
+    uses = [layer.effective(shift)["weight"].square().sum() for layer in found.layers.values()]
+    assert torch.allclose(norm, (uses[0] + uses[1]) / 2)
 
 
 def rates(*values: float) -> dict[str, Tensor]:

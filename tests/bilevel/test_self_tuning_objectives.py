@@ -108,11 +108,17 @@ def _problem(penalty: float) -> ProblemInner:
 
 
 def _expected_gradients(
-    inner: ProblemInner, w: Tensor, theta: Tensor, penalty: float, sigma: float, centered: bool
+    inner: ProblemInner,
+    w: Tensor,
+    theta: Tensor,
+    penalty: float,
+    sigma: float,
+    centered: bool,
+    nodes_count: int = 40,
 ) -> dict[str, Tensor]:
     """E_ε of the gradients of the training loss at λ + σε, by Gauss–Hermite quadrature."""
     model = LeafResponse(inner)
-    nodes, masses = np.polynomial.hermite_e.hermegauss(40)
+    nodes, masses = np.polynomial.hermite_e.hermegauss(nodes_count)
     w = w.clone().requires_grad_()
     response = _response(model, theta[:, None])
     names = ["w", *response]
@@ -161,6 +167,73 @@ def test_fixed_points_of_ridge_regression(penalty: float, sigma: float) -> None:
         assert torch.allclose(theta, truth, rtol=5e-3, atol=1e-5)
 
 
+def _flow(
+    inner: ProblemInner, at: float, sigma: float, mode: str, nodes: int = 40
+) -> tuple[Tensor, Tensor]:
+    """H, b of the expected gradient H [w; θ] - b that training follows; it is affine.
+
+    In Δ-STN w follows the loss without perturbation.
+    """
+    d = len(inner.params["w"])
+
+    def gradient(v: Tensor) -> Tensor:
+        w, theta = v[:d], v[d:]
+        found = _expected_gradients(inner, w, theta, at, sigma, mode == "delta", nodes)
+        if mode == "delta":
+            plain = _expected_gradients(inner, w, 0 * theta, at, 0.0, True, 1)
+            found["w"] = plain["w"]
+        (gate,) = (g for name, g in found.items() if name.startswith("gate_"))
+        return torch.cat([found["w"], gate[:, 0]])
+
+    base = gradient(torch.zeros(2 * d, dtype=F64))
+    columns = [gradient(e) - base for e in torch.eye(2 * d, dtype=F64)]
+    return torch.stack(columns, 1), -base
+
+
+@pytest.mark.parametrize(
+    ("at", "sigma", "stn", "delta"),
+    [(3.0, 1.0, 119.0, 1.0), (5.0, 1.0, 727.0, 1.0), (-6.0, 0.5, 5548.0, 4.0)],
+)
+def test_conditioning_of_joint_quadratics(
+    at: float, sigma: float, stn: float, delta: float
+) -> None:
+    """Check 8.4: M ⊗ A with M = [[1, λ], [λ, λ² + σ²]] in STN, diag(1, σ²) in Δ-STN."""
+    inner, A, _, _ = _quadratic(n=1)
+    moments = {
+        "stn": torch.tensor([[1.0, at], [at, at**2 + sigma**2]], dtype=F64),
+        "delta": torch.tensor([[1.0, 0.0], [0.0, sigma**2]], dtype=F64),
+    }
+    for mode, expected in (("stn", stn), ("delta", delta)):
+        hessian, _ = _flow(inner, at, sigma, mode, nodes=3)
+        assert torch.allclose(hessian, torch.kron(moments[mode], A), atol=1e-10)
+        assert float(torch.linalg.cond(moments[mode])) == pytest.approx(expected, rel=5e-3)
+
+
+def test_delta_needs_fewer_steps_on_ridge_regression() -> None:
+    """Check 8.4: gradient descent until value and slope are within 1 % of where they end."""
+    penalty, count = 3.0, {}
+    for mode in ("stn", "delta"):
+        H, b = _flow(_problem(penalty), penalty, 0.5, mode, nodes=20)
+        end = torch.linalg.solve(H, b)
+        if mode == "stn":
+            step = torch.full((20,), 1 / float(torch.linalg.eigvalsh(H)[-1]), dtype=F64)
+        else:  # two optimizers
+            largest = [
+                float(torch.linalg.eigvalsh(block)[-1]) for block in (H[:10, :10], H[10:, 10:])
+            ]
+            step = 1 / torch.tensor(largest, dtype=F64).repeat_interleave(10)
+        value = torch.eye(20, dtype=F64)[:10]
+        if mode == "stn":
+            value = torch.cat([value[:, :10], penalty * value[:, :10]], 1)
+        slope = torch.eye(20, dtype=F64)[10:]
+        v, steps, off = torch.zeros(20, dtype=F64), 0, 1.0
+        while off > 0.01 and steps < 50_000:
+            v, steps = v - step * (H @ v - b), steps + 1
+            off = max(float((P @ (v - end)).norm() / (P @ end).norm()) for P in (value, slope))
+        count[mode] = steps
+    assert count["delta"] * 20 < count["stn"] < 50_000
+
+
 def _quadratic(n: int) -> tuple[ProblemInner, Tensor, Tensor, Tensor]:
     """½wᵀAw + wᵀBλ + cᵀw."""
     generator = torch.Generator().manual_seed(0)
@@ -192,7 +265,7 @@ def test_an_affine_response_is_exact_for_joint_quadratics(mode: Any, sigma: floa
         mode=mode, lr=0.0, sigma=sigma, tune_sigma=False, train_steps=50,
         response_optimizer=SGD(lr=0.03, momentum=0.5),
     )  # fmt: skip
-    found = tune(inner, algorithm, 800, seed=1)
+    found = tune(inner, algorithm, 500, seed=1)
     h = found.hparams["h"]
     best = -torch.linalg.solve(A, B @ h + c)
     assert torch.allclose(found.params["w"], best, atol=1e-4)

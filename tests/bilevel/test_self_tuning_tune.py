@@ -171,6 +171,31 @@ def test_export_is_the_plain_network(mode: Any) -> None:
     assert exported.item() == pytest.approx(found.test["loss"], rel=1e-5)
 
 
+def test_export_of_a_module_with_names_of_its_own() -> None:
+    """`key` and `between` are common names in attention."""
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.key, self.between, self.drop = nn.Linear(10, 5), nn.Linear(5, 3), nn.Dropout(0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.between(self.drop(self.key(x)))
+            return out
+
+    torch.manual_seed(0)
+    subject = ModuleInner(
+        Own(), SPACE, loss=loss, outer_loss=outer, train=rows(60, 1), val=rows(100, 2),
+        dropout={"drop": "drop"}, integers=["masked"],
+    )  # fmt: skip
+    plain: Any = subject.export()
+    assert plain.drop.p == pytest.approx(0.1)
+    assert type(plain.key) is type(plain.between) is nn.Linear
+    assert subject.splits == ("train", "val")
+    with pytest.raises(ValueError, match="saved params have 7 entries, but the network has 73"):
+        subject.load_state_dict({**subject.state_dict(), "params": torch.zeros(7)})
+
+
 def test_the_deployed_weights_of_stn_respond_to_lambda() -> None:
     subject, algorithm = inner(), SelfTuning(mode="stn", train_steps=4)
     state = algorithm.init(subject)

@@ -21,6 +21,7 @@ ALGORITHMS = {
     "BOME": Descent(BOME(steps=10), lr=0.05, **JOINT),
     "PBGD": Descent(PBGD(steps=10), lr=0.01, **JOINT),
 }
+OUTER_STEPS = {"SAMA": 80, "PZOBO": 40, "F2SA": 80, "BOME": 230, "PBGD": 60}
 
 
 def run(name: str, budget: Any, algorithm: Descent | None = None, **options: Any) -> Any:
@@ -31,7 +32,7 @@ def run(name: str, budget: Any, algorithm: Descent | None = None, **options: Any
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_ridge_penalty(name: str) -> None:
-    found = run(name, Budget(outer_steps=250))
+    found = run(name, Budget(outer_steps=OUTER_STEPS[name]))
     best, start = validation_loss(optimal_penalty()), validation_loss(1.0)
     reached = validation_loss(float(found.hparams["penalty"]))
     assert reached - best < 0.05 * (start - best)

@@ -1,0 +1,1 @@
+"""Memory-efficient optimizers as methods: settings of the split optimizer."""

@@ -1,0 +1,1 @@
+"""Pruning: networks that lose weights by rounds, with training in between."""
