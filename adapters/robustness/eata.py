@@ -100,7 +100,11 @@ class EATA(Method):
     needs = ("batchnorm_net",)
     shuffle = False
     task_type: ClassVar[type[Task]] = Transfer
-    roles: ClassVar[Mapping[str, Role]] = {"reliable": "diagnostic", "selected": "diagnostic"}
+    roles: ClassVar[Mapping[str, Role]] = {
+        "reliable": "diagnostic",
+        "selected": "diagnostic",
+        "first": "diagnostic",
+    }
 
     def network(self) -> nn.Module:
         """Return the network trained on the source."""
