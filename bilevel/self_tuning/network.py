@@ -41,6 +41,9 @@ __all__ = ["ModuleInner"]
 EVALUATION_ROWS = 1024
 """Most rows in one forward pass of an evaluation."""
 
+KEPT = 32
+"""Most batches that BatchNorm statistics are moved by when weights are adopted."""
+
 
 class ModuleInner:
     """An `Inner` that trains a module, whose losses see hyperparameters example by example.
@@ -156,6 +159,7 @@ class ModuleInner:
         if perturbed is not None:
             self._streams["perturbed"] = Stream("perturbed", perturbed, batch_size, self._seed)
         self._drawn = dict.fromkeys(self._streams, 0)
+        self._moves = bool(self.objective.buffers())
         self._last: list[Any] = []
         warn_of_same_data(train, val)
         self.set_hparams({})
@@ -207,8 +211,7 @@ class ModuleInner:
 
     def inner_batches(self, count: int) -> list[Any]:
         """See `Inner.inner_batches`: pairs of a batch and the seed of its random draws."""
-        self._last = [self.draw("train") for _ in range(count)]
-        return self._last
+        return [self.draw("train") for _ in range(count)]
 
     def outer_batch(self) -> Any:
         """See `Inner.outer_batch`."""
@@ -219,7 +222,10 @@ class ModuleInner:
         t = self._drawn[split]
         self._drawn[split] = t + 1
         salt = sum(map(ord, split))
-        return self._streams[split](t), (self._seed << 40) + (salt << 28) + t
+        found = self._streams[split](t), (self._seed << 40) + (salt << 28) + t
+        if split in ("train", "perturbed") and self._moves:
+            self._last = [*self._last, found][-KEPT:]
+        return found
 
     def step(self) -> Metrics:
         """See `Inner.step`."""
@@ -239,20 +245,20 @@ class ModuleInner:
             )
         if not is_finite(after):
             raise FloatingPointError("the weights are not finite after a training step")
-        self._flat, self._optimizer_state = after, state
+        self._flat, self._optimizer_state, self._last = after, state, []
         return Metrics({"loss": value}, cost=Cost(steps=1, gradients=1))
 
     def adopt(self, params: Mapping[str, Tensor], optimizer_state: State, steps: int) -> None:
-        """See `Inner.adopt`; BatchNorm statistics are moved by the batches last drawn."""
+        """See `Inner.adopt`; BatchNorm statistics are moved by the last training batches."""
         same_structure(dict(params), dict(self._trained), "params", "the current params")
         flat = flatten([params[name].detach() for name in self._trained])
         self._optimizer.check_state(optimizer_state, flat)
         self._flat, self._optimizer_state = flat, dict(optimizer_state)
-        if steps and self.objective.buffers():
-            with torch.no_grad():
-                for batch, seed in self._last[-steps:]:
-                    values = self.objective.expanded(self._hparams, batch)
-                    self.objective.training_loss(self.params, values, batch, seed, live=True)
+        with torch.no_grad():
+            for batch, seed in self._last[-steps:] if steps else []:
+                values = self.objective.expanded(self._hparams, batch)
+                self.objective.training_loss(self.params, values, batch, seed, live=True)
+        self._last = []
 
     def evaluate(self, split: str) -> Metrics:
         """See `Inner.evaluate`: means over all rows of a split.
@@ -296,7 +302,7 @@ class ModuleInner:
             )
         self._flat, self._optimizer_state = saved["params"].to(self._flat), saved["optimizer"]
         self.set_hparams(saved["hparams"])
-        self._drawn = dict(saved["drawn"])
+        self._drawn, self._last = dict(saved["drawn"]), []
         with torch.no_grad():
             for name, buffer in self.objective.buffers().items():
                 buffer.copy_(saved["buffers"][name])

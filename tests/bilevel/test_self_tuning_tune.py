@@ -213,6 +213,15 @@ def test_the_deployed_weights_of_stn_respond_to_lambda() -> None:
         assert not torch.equal(value, general[name]) or name.startswith("1.")
 
 
+@pytest.mark.parametrize("mode", ["stn", "delta"])
+def test_statistics_of_batch_norm_see_every_training_batch(mode: Any) -> None:
+    subject = inner()
+    tune(subject, SelfTuning(mode=mode, train_steps=3, warmup=4), 10)
+    plain: Any = subject.export()
+    assert int(plain[1].num_batches_tracked) == 10
+    assert float(plain[1].running_mean.abs().max()) > 0.0
+
+
 def test_other_algorithms_take_a_module_inner() -> None:
     """Smooth values have the same hypergradient as any; dropout rates have none."""
     space = SPACE.fix(drop=0.1, noise=0.1, smooth=0.05, masked=2)
