@@ -12,9 +12,6 @@ from adapters import tasks
 from adapters.generation.apg import APG, frechet_distance, guided, sample
 from adapters.generation.denoiser import Denoiser
 from adapters.iteration import solve
-from bilevel import Descent, ProblemInner, Space, tune
-from hypergrad import Problem
-from hypergrad.optimizers import SGD
 
 GUIDANCE: dict[str, Any] = {"scale": 3.0, "parallel": 0.4, "cap": 0.8, "beta": -0.5}
 
@@ -122,31 +119,6 @@ def test_trajectories_do_not_share_momentum_and_intervals_switch_guidance_off() 
     off = run(values, noise, first=0.5, last=0.5)
     one = torch.tensor([1.0, 1.0, 1.0, -0.5], dtype=torch.float64)
     assert torch.allclose(off, run(one, noise))
-
-
-def test_guidance_is_tuned_by_gradients_through_the_sampler() -> None:
-    """A shift of all samples is trained below, the guidance above."""
-    generator = torch.Generator().manual_seed(0)
-    train, val = (torch.randn(30, 2, generator=generator, dtype=torch.float64) for _ in range(2))
-    target = Mixture().points[torch.arange(30) % 3]
-    rest = torch.tensor([5.0, -0.5], dtype=torch.float64)
-
-    def loss(params: Any, hparams: Any, noise: Tensor) -> Tensor:
-        values = torch.cat([torch.stack([hparams["scale"], hparams["parallel"]]), rest])
-        return (run(values, noise) + params["shift"] - target).square().mean()
-
-    level = ProblemInner(
-        Problem(loss, loss),
-        {"shift": torch.zeros(2, dtype=torch.float64, requires_grad=True)},
-        optimizer=SGD(lr=0.2),
-        space=Space(scale=APG.space["scale"], parallel=APG.space["parallel"]),
-        hparams={"scale": torch.tensor(1.5).double(), "parallel": torch.tensor(0.5).double()},
-        inner_batch=train,
-        outer_batch=val,
-    )
-    before = level.evaluate("val")["loss"]
-    tune(level, Descent(), budget=200)
-    assert level.evaluate("val")["loss"] < 0.9 * before
 
 
 def test_the_distance_of_gaussians() -> None:
