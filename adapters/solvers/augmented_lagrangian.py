@@ -16,7 +16,7 @@ smooth (branches decide).  Data p of the problem are: `sensitivity` gives d(x, �
 with the same matrix, A d(x, λ)/dp = −∂R/∂p.
 
 Source: Hong, Na, Mahoney and Kolar, "Constrained Optimization via Exact Augmented Lagrangian and
-Randomized Iterative Sketching", ICML 2023, algorithm 1.
+Randomized Iterative Sketching", ICML 2023.
 """
 
 from __future__ import annotations
