@@ -34,6 +34,7 @@ _MODULES = {
     "lora_sb": "adapters.weights.lora_sb:LoRASBMethod",
     "miss": "adapters.weights.miss:MiSSMethod",
     "network": "adapters.network:Network",
+    "peft": "adapters.hf:PeftTune",
     "ps_kd": "adapters.objectives.ps_kd:PSKD",
     "s2ft": "adapters.sparse.s2ft:S2FT",
     "sara": "adapters.sparse.sara:SaRA",
