@@ -8,13 +8,13 @@ P, one row for each training sample, holds onehot(y) until the sample has been s
 epoch is plain cross entropy whatever α_T is.  P is taken from the forward pass of the training
 step, before the step.  All weights are trained, nothing is frozen.
 
-Hypergradients hold P constant: through P, past predictions depend on weights and so on α_T, which
-is 0.4 % of the hypergradient over six steps on digits.  The decay d of the table acts through P
-only, so it belongs to the sampler.  The stream of batches drops the few samples left over at the
-end of an epoch; their rows keep an older prediction.
+Hypergradients hold P constant: that past predictions depend on weights, and so on α_T, is left out
+(a truncation).  The decay d of the table acts through P only, so it belongs to the sampler.  The
+stream of batches drops the few samples left over at the end of an epoch; their rows keep an older
+prediction.
 
 Source: Kim, Ji, Yoon and Hwang, "Self-Knowledge Distillation with Progressive Refinement of
-Targets", ICCV 2021, equations 5 to 7.  The exponent p, the cosine shape and the decay are ours.
+Targets", ICCV 2021.  The exponent p, the cosine shape and the decay are ours.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ the first phase.  A fine-tuned network that is over-confident outweighs θ₀ in
 softening cures; ε = a = 0 is WiSE-FT.
 
 Source: Lin, Tan, Hao, Wong, Dong, Zhang, Yang and Zhang, "Spurious Feature Diversification
-Improves Out-of-distribution Generalization", ICLR 2024, section 5; Wortsman et al., "Robust
+Improves Out-of-distribution Generalization", ICLR 2024; Wortsman et al., "Robust
 fine-tuning of zero-shot models", CVPR 2022.  One weight for each tensor is ours.
 """
 

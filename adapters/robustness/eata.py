@@ -21,7 +21,7 @@ line disagree), and one default for the number of Fisher samples and the weight 
 square of a mean gradient over batches of 64, so β does not carry over to other batch sizes.
 
 Source: Niu, Wu, Zhang, Chen, Zheng, Zhao and Tan, "Efficient Test-Time Model Adaptation without
-Forgetting", ICML 2022, equations 2 to 9.  β = 0 is its ETA.
+Forgetting", ICML 2022.  β = 0 is its ETA.
 """
 
 from __future__ import annotations
@@ -100,7 +100,11 @@ class EATA(Method):
     needs = ("batchnorm_net",)
     shuffle = False
     task_type: ClassVar[type[Task]] = Transfer
-    roles: ClassVar[Mapping[str, Role]] = {"reliable": "diagnostic", "selected": "diagnostic"}
+    roles: ClassVar[Mapping[str, Role]] = {
+        "reliable": "diagnostic",
+        "selected": "diagnostic",
+        "first": "diagnostic",
+    }
 
     def network(self) -> nn.Module:
         """Return the network trained on the source."""

@@ -5,7 +5,7 @@
     ∇ₓM = g + η₂ H g + η₁ Gᵀ c,      ∇_λ M = c + η₂ G g
 
 An outer iteration solves  [[B, Gᵀ], [G, 0]] z = −R  roughly, by projections of z onto random
-sketches Sᵀ(Az − b) = 0 (Gaussian vectors, rows, or the exact solution), until
+sketches Sᵀ(Az − b) = 0 (Gaussian vectors or rows; GMRES and direct solution as baselines), until
 ‖A‖_F Ψ ‖Az − b‖ ≤ θ_k δ ‖b‖.  Where ∇Mᵀz > −(η₂/2) ‖R‖² it raises η₁, lowers η₂ and δ, and goes on
 sketching from the same z; then it takes an Armijo step.  B is H, or H + (ξ_B + ‖H‖_F) I where H is
 not positive on the null space of G.  Nothing is trained; state is x, λ, η₁, η₂, δ and a generator.
@@ -16,7 +16,7 @@ smooth (branches decide).  Data p of the problem are: `sensitivity` gives d(x, �
 with the same matrix, A d(x, λ)/dp = −∂R/∂p.
 
 Source: Hong, Na, Mahoney and Kolar, "Constrained Optimization via Exact Augmented Lagrangian and
-Randomized Iterative Sketching", ICML 2023, algorithm 1.
+Randomized Iterative Sketching", ICML 2023.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ class ExactAugmentedLagrangian(Iteration):
         armijo=Float(1e-4, 0.45, log=True, default=0.1, doc="β, share of the predicted decrease"),
         factor=Float(1.05, 4.0, default=1.5, doc="ν, change of the weights"),
         psi_scale=Float(1e-3, 1.0, log=True, default=1.0, doc="factor of the cautious bound Ψ"),
-        sketch=Choice("gaussian", "kaczmarz", "exact", default="gaussian", doc="linear solver"),
+        sketch=Choice(
+            "gaussian", "kaczmarz", "gmres", "exact", default="gaussian", doc="linear solver"
+        ),
         block=Int(1, 64, log=True, default=1, doc="directions of a sketch, at most n + m"),
         schedule=Choice("constant", "1/k", "1/k^2", default="constant", doc="θ_k"),
         max_inner=Int(1000, 1_000_000, log=True, default=100_000, doc="sketches of a solve"),

@@ -21,12 +21,13 @@ class Sketch:
     """A z = b by z ← z − Aᵀ S (Sᵀ A Aᵀ S)⁺ Sᵀ (A z − b): projection onto the sketched equations.
 
     The error ‖z − z*‖ never grows, whatever S is; the residual may.  S has independent normal
-    entries ("gaussian"), or selects rows uniformly ("kaczmarz"); "exact" solves at once.
+    entries ("gaussian"), or selects rows uniformly ("kaczmarz").  Two baselines are not sketches:
+    "exact" solves at once, "gmres" is SciPy's, restarted five times at most.
 
     Args:
         matrix: A, square, shape (d, d).
         right: b, shape (d,).
-        kind: "gaussian", "kaczmarz" or "exact".
+        kind: "gaussian", "kaczmarz", "gmres" or "exact".
         block: columns of S.
     """
 
@@ -56,6 +57,8 @@ class Sketch:
         if self._kind == "exact":
             solved = np.linalg.lstsq(self._matrix, self._right, rcond=None)[0]
             return torch.from_numpy(solved).to(self._like), 1
+        if self._kind == "gmres":
+            return self._krylov(z, goal)
         A, b, used = self._matrix, self._right, 0
         now = z.detach().cpu().double().numpy().copy()
         while used < budget and np.linalg.norm(A @ now - b) > goal:
@@ -70,6 +73,24 @@ class Sketch:
                     now += np.linalg.lstsq(W, gap - W @ now, rcond=None)[0]
             used += count
         return torch.from_numpy(now).to(self._like), used
+
+    def _krylov(self, z: Tensor, goal: float) -> tuple[Tensor, int]:
+        from scipy.sparse.linalg import gmres
+
+        norms: list[float] = []
+        size = len(self._right)
+        found, _ = gmres(
+            self._matrix,
+            self._right,
+            x0=z.detach().cpu().double().numpy(),
+            rtol=0.0,
+            atol=goal,
+            restart=size,
+            maxiter=5,
+            callback=norms.append,
+            callback_type="pr_norm",
+        )
+        return torch.from_numpy(found).to(self._like), max(1, len(norms))
 
     def _draw(self, count: int, generator: torch.Generator) -> list[Equations]:
         """Return (S, SᵀA) of some sketches; for rows S holds their numbers."""

@@ -15,8 +15,7 @@ such ties, and L-BFGS ends there with status LINESEARCH.
 γ and C are smooth by the envelope theorem, without unrolling: d value/dγ = ½‖T‖² and
 d value/dC = T.  Cardinality, form and optimizer are the sampler's.
 
-Source: Liu, Puigcerver and Blondel, "Sparsity-Constrained Optimal Transport", ICLR 2023, sections
-3 and 4.
+Source: Liu, Puigcerver and Blondel, "Sparsity-Constrained Optimal Transport", ICLR 2023.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class Transport(Task):
         }
 
 
-def digit_clouds(m: int = 30, n: int = 40, problems: int = 2, seed: int = 0) -> Transport:
+def digit_clouds(m: int = 30, n: int = 40, problems: int = 1, seed: int = 0) -> Transport:
     """Matching of zeros to eights among handwritten digits, as points of 64 pixels.
 
     Args:

@@ -67,7 +67,7 @@ def test_textbook_problems_with_exact_solves(number: int) -> None:
         assert found.steps == 2
 
 
-@pytest.mark.parametrize("sketch", ["gaussian", "kaczmarz"])
+@pytest.mark.parametrize("sketch", ["gaussian", "kaczmarz", "gmres"])
 @pytest.mark.parametrize("number", [40, 42, 78])
 def test_sketches_reach_the_same_minimum(number: int, sketch: str) -> None:
     task = problem(number)

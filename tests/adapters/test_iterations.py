@@ -133,3 +133,13 @@ def test_divergence_is_a_status_at_the_last_finite_state() -> None:
     again.setup(tasks.get("diabetes"), {"start": 2.0}, seed=0)
     with pytest.raises(ValueError, match="another run"):
         again.load_state_dict(learner.state_dict())
+
+
+def test_predictions_that_are_not_finite_end_a_sampler() -> None:
+    learner = ITERATIONS["apg"].set_up()
+    assert isinstance(learner, Iterated)
+    broken = learner.iteration.setting.artifacts["denoiser"]
+    with torch.no_grad():
+        broken.last.bias.fill_(math.nan)
+    assert learner.step().status is RunStatus.DIVERGED
+    assert math.isfinite(learner.evaluate("val")["loss"])
