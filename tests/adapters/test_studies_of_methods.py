@@ -1,4 +1,4 @@
-"""Optuna tunes each of these methods for three trials, with a pruner."""
+"""Optuna tunes each method for three trials, with a pruner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "eata": ("digits_stream", {"n_train": 224, "n_val": 70}, {"batch": 32, "fisher_samples": 64}),
     "exact_augmented_lagrangian": ("hock_schittkowski", {"number": 42}, {"max_inner": 5000}),
     "ps_kd": ("digits", {"n_train": 200}, {}),
+    "peft": ("descriptions", {"length": 16, "n_train": 64}, {"rank": 2, "batch": 4}),
     "sparse_ot": ("digit_clouds", {"m": 6, "n": 8}, {"cardinality": 4}),
+}
+CASES |= {
+    name: ("digits_transfer", {"hidden": (32,), "activation": "tanh"}, {})
+    for name in registry.names()
+    if name not in CASES and name != "network"
 }
 
 
