@@ -1,11 +1,15 @@
 from . import tasks as tasks
+from .iteration import Iteration as Iteration
+from .iteration import solve as solve
 from .learner import Learner as Learner
 from .method import Method as Method
 from .method import Setting as Setting
 from .method import every as every
+from .method import keep as keep
 from .registry import get as get
 from .registry import names as names
 from .registry import register as register
 from .tasks import Classification as Classification
 from .tasks import Task as Task
+from .tasks import Transfer as Transfer
 from .trainer import Trainer as Trainer

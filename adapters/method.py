@@ -14,7 +14,7 @@ from bilevel.metrics import Role
 from bilevel.space import Space
 from hypergrad.optimizers import SGD, Optimizer, Value
 
-__all__ = ["Method", "Setting", "State", "every"]
+__all__ = ["Method", "Setting", "State", "every", "keep"]
 
 Batch = Mapping[str, Any]
 """Rows of every tensor of the split ("x", "y", ...), and "index", "seed", "step", "phase"."""
@@ -77,6 +77,15 @@ def every(interval: int | str) -> Callable[[Hook], Hook]:
     return decorate
 
 
+def keep(batch: Batch, **tensors: Tensor) -> None:
+    """Keep tensors of a loss for `Method.after_batch`; does nothing outside a training step.
+
+    This spares a method that remembers what it has computed, such as predictions, a second pass.
+    """
+    if "kept" in batch:
+        batch["kept"].update({name: value.detach() for name, value in tensors.items()})
+
+
 class Method:
     """Supervised training by gradient steps; subclasses override only what differs.
 
@@ -110,6 +119,8 @@ class Method:
         scopes: name of a hyperparameter -> the first phase that it changes, for those that
             do not act from the start.  A finished earlier phase can then be used again.  The
             gradient can own only what reaches the losses of the phase that is tuned.
+        shuffle: whether each epoch draws the samples in a new order; otherwise they come in the
+            order of `pool`.
         task_type: what kind of task it takes.
         roles: roles of metrics that are not plain values.
         setting: what the method runs on; there from `network` on.
@@ -121,6 +132,7 @@ class Method:
     needs: ClassVar[tuple[str, ...]] = ()
     phases: ClassVar[tuple[str, ...]] = ("train",)
     scopes: ClassVar[Mapping[str, str]] = {}
+    shuffle: ClassVar[bool] = True
     task_type: ClassVar[type[Task]] = Classification
     roles: ClassVar[Mapping[str, Role]] = {}
 
@@ -202,6 +214,14 @@ class Method:
         A hyperparameter that scales gradients and is to be tuned belongs to an `Optimizer`.
         """
         return grads
+
+    def after_batch(self, batch: Batch) -> Mapping[str, float]:
+        """Note what a training step has seen, in `memory`; return more metrics of the step.
+
+        Called after each step with its batch, whose "kept" holds what `loss` gave to `keep`.  A
+        hypergradient that looks through several steps holds `memory` constant.
+        """
+        return {}
 
     def after_step(self, state: State) -> None:
         """Do something after each step; see also `every`.

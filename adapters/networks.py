@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["MLP"]
+__all__ = ["MLP", "ConvNet"]
 
 
 class MLP(nn.Module):
@@ -70,3 +71,49 @@ class MLP(nn.Module):
                 h = perturb(i, h)
             h = layer(h)
         return h
+
+
+class ConvNet(nn.Module):
+    """Three 3×3 convolutions with ReLU, a mean over pixels, and a linear layer to logits.
+
+    The second and third convolution have stride 2 and twice the channels of the one before.
+
+    Args:
+        input_shape: (channels, height, width).
+        n_classes: number of logits.
+        width: channels of the first convolution.
+        batch_norm: whether BatchNorm follows each convolution.
+
+    Raises:
+        ValueError: samples that are no images.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        n_classes: int,
+        *,
+        width: int = 16,
+        batch_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(input_shape) != 3:
+            raise ValueError(
+                f"input_shape must be (channels, height, width), but got {input_shape}."
+            )
+        sizes = [input_shape[0], width, 2 * width, 4 * width]
+        blocks: list[nn.Module] = []
+        for i, (before, after) in enumerate(pairwise(sizes)):
+            stride = 1 if i == 0 else 2
+            blocks.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=not batch_norm))
+            if batch_norm:
+                blocks.append(nn.BatchNorm2d(after))
+            blocks.append(nn.ReLU())
+        self.features = nn.Sequential(*blocks)
+        self.head = nn.Linear(sizes[-1], n_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, shape (batch, n_classes), of x, shape (batch, *input_shape)."""
+        features: Tensor = self.features(x)
+        logits: Tensor = self.head(features.mean(dim=(2, 3)))
+        return logits

@@ -6,6 +6,7 @@ import inspect
 from importlib import import_module
 from typing import TypeVar
 
+from adapters.iteration import Iterated, Iteration
 from adapters.learner import Learner
 from adapters.method import Method
 from adapters.trainer import Trainer
@@ -16,8 +17,12 @@ __all__ = ["describe", "get", "names", "register"]
 _MODULES = {
     "adalora": "adapters.weights.adalora:AdaLoRAMethod",
     "allora": "adapters.weights.allora:ALLoRAMethod",
+    "apg": "adapters.generation.apg:APG",
+    "bang": "adapters.robustness.bang:BANG",
     "dct_adamw": "adapters.optimizers.dct_adamw:DCTAdamW",
+    "eata": "adapters.robustness.eata:EATA",
     "eva": "adapters.weights.eva:EVAMethod",
+    "exact_augmented_lagrangian": "adapters.solvers.augmented_lagrangian:ExactAugmentedLagrangian",
     "finetune": "adapters.finetune:FullFineTune",
     "frugal": "adapters.optimizers.frugal:FRUGAL",
     "galore": "adapters.optimizers.galore:GaLore",
@@ -29,16 +34,19 @@ _MODULES = {
     "lora_sb": "adapters.weights.lora_sb:LoRASBMethod",
     "miss": "adapters.weights.miss:MiSSMethod",
     "network": "adapters.network:Network",
+    "peft": "adapters.hf:PeftTune",
+    "ps_kd": "adapters.objectives.ps_kd:PSKD",
     "s2ft": "adapters.sparse.s2ft:S2FT",
     "sara": "adapters.sparse.sara:SaRA",
     "sorsa": "adapters.weights.sorsa:SORSAMethod",
+    "sparse_ot": "adapters.solvers.sparse_ot:SparseTransport",
     "svfit": "adapters.weights.svfit:SVFitMethod",
 }
 """name -> module:class, imported when it is asked for."""
 
 _registered: dict[str, type[Learner]] = {}
 
-Registrable = TypeVar("Registrable", bound="type[Learner] | type[Method]")
+Registrable = TypeVar("Registrable", bound="type[Learner] | type[Method] | type[Iteration]")
 
 
 def names() -> list[str]:
@@ -66,10 +74,10 @@ def describe() -> dict[str, str]:
 
 
 def register(method: Registrable) -> Registrable:
-    """Decorate a `Method` or `Learner` of your own, so that `get` finds it by its name.
+    """Decorate a `Method`, `Iteration` or `Learner` of your own, so that `get` finds it.
 
     Raises:
-        TypeError: neither, or without a name, space or docstring.
+        TypeError: none of these, or without a name, space or docstring.
         ValueError: the name is taken by another class.
     """
     learner = as_learner(method)
@@ -83,13 +91,19 @@ def register(method: Registrable) -> Registrable:
     return method
 
 
-def as_learner(kind: type[Learner] | type[Method]) -> type[Learner]:
-    """Return the learner class of a method, or a learner class as it is."""
-    if not isinstance(kind, type) or not issubclass(kind, Learner | Method):
-        raise TypeError(f"expected a Method or Learner class, but got {kind!r}.")
+def as_learner(kind: type[Learner] | type[Method] | type[Iteration]) -> type[Learner]:
+    """Return the learner class of a method or iteration, or a learner class as it is."""
+    if not isinstance(kind, type) or not issubclass(kind, Learner | Method | Iteration):
+        raise TypeError(f"expected a Method, Iteration or Learner class, but got {kind!r}.")
+    if issubclass(kind, Iteration):
+        return Iterated.of(kind)
     return Trainer.of(kind) if issubclass(kind, Method) else kind
 
 
 def _source(learner: type[Learner]) -> str:
-    kind = learner.method_type if issubclass(learner, Trainer) else learner
+    kind: type = learner
+    if issubclass(learner, Trainer):
+        kind = learner.method_type
+    elif issubclass(learner, Iterated):
+        kind = learner.kind
     return f"{kind.__module__}.{kind.__qualname__}"

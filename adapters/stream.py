@@ -13,7 +13,7 @@ __all__ = ["Stream"]
 
 
 class Stream:
-    """Draws batches without replacement, in a new random order each epoch.
+    """Draws batches without replacement, by default in a new random order each epoch.
 
     A batch holds the rows of every tensor of the split, "index" (their row numbers) and "seed"
     (an int for every random draw of a loss on this batch).  Samples left over at the end of an
@@ -23,10 +23,12 @@ class Stream:
     Args:
         split: tensors with one row per sample.
         seed: decides every order and every batch seed.
+        shuffle: whether to draw in a new order each epoch; otherwise in the order of the split.
     """
 
-    def __init__(self, split: Split, seed: int) -> None:
+    def __init__(self, split: Split, seed: int, shuffle: bool = True) -> None:
         self.split = split
+        self._shuffle = shuffle
         self._rows = len(split["x"])
         self._device = split["x"].device
         self._generator = torch.Generator().manual_seed(seed)
@@ -43,7 +45,11 @@ class Stream:
             raise ValueError(f"batch size must be at least 1, but got {size}.")
         size = min(size, self._rows)
         if self._position + size > len(self._order):
-            self._order = torch.randperm(self._rows, generator=self._generator)
+            self._order = (
+                torch.randperm(self._rows, generator=self._generator)
+                if self._shuffle
+                else torch.arange(self._rows)
+            )
             self._position = 0
         index = self._order[self._position : self._position + size].to(self._device)
         self._position += size

@@ -146,7 +146,11 @@ class Trainer(Learner):
         self._good: Tensor | None = None
         self._optimizer_state: OptimizerState = self.optimizer.init(self._flat)
         self._values = self._level.resolve(self._hparams)
-        self._stream = Stream(self.method.pool(self.phase), derive_seed(self._seed, self.phase))
+        self._stream = Stream(
+            self.method.pool(self.phase),
+            derive_seed(self._seed, self.phase),
+            shuffle=self.method.shuffle,
+        )
         self._drawn: list[dict[str, Any]] = []
 
     @property
@@ -239,7 +243,8 @@ class Trainer(Learner):
     ) -> None:
         """Take over weights that an estimator trained for `steps` steps on the last drawn batches.
 
-        Hooks of the method that were due in between run once, now.
+        Hooks of the method that were due in between run once, now; `Method.after_batch` sees
+        every batch with the new weights.
 
         Raises:
             ValueError: other names or shapes than `params` has, or another optimizer's state.
@@ -248,12 +253,15 @@ class Trainer(Learner):
         self.optimizer.check_state(optimizer_state, flat)
         self._flat, self._optimizer_state, self._good = flat, dict(optimizer_state), None
         self._moved = True
-        if steps and self._level.objective.functional.buffers:
+        notes = type(self.method).after_batch is not Method.after_batch
+        if steps and (notes or self._level.objective.functional.buffers):
             with torch.no_grad():
-                for batch in self._drawn[-steps:]:
+                for drawn in self._drawn[-steps:]:
+                    batch = {**drawn, "kept": {}}
                     self._level.objective.training_loss(
                         self.params, self._hparams, batch, live=True
                     )
+                    self.method.after_batch(batch)
         self._advance(steps)
 
     # Training.
@@ -266,15 +274,14 @@ class Trainer(Learner):
             return Metrics({"loss": math.nan}, status=self._status)
         phase, live = self._phase_index, self._level.objective.functional.buffers
         before = {name: buffer.clone() for name, buffer in live.items()}
+        batch = {**self._draw(self._step), "kept": {}}
         loss, after = self._level.update(
-            self._flat,
-            self._optimizer_state,
-            self._hparams,
-            self._values,
-            self._draw(self._step),
+            self._flat, self._optimizer_state, self._hparams, self._values, batch
         )
+        entries = {"loss": loss}
         if after is not None:
             self._good, self._flat, self._optimizer_state = self._flat, after.flat, after.state
+            entries |= self.method.after_batch(batch)
             self._advance(1, after.grad)
         else:
             self._status = RunStatus.DIVERGED
@@ -282,12 +289,11 @@ class Trainer(Learner):
                 buffer.copy_(before[name])
             if not math.isfinite(loss) and self._good is not None:
                 self._flat = self._good
-        entries = {"loss": loss}
         if len(self.phases) > 1:
             entries["phase_done"] = float(self._phase_index > phase)
         return Metrics(
             entries,
-            roles={"phase_done": "diagnostic"},
+            roles={**self.method.roles, "phase_done": "diagnostic"},
             status=self._status,
             cost=Cost(steps=1, gradients=1, seconds=time.perf_counter() - began),
         )

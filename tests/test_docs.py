@@ -43,7 +43,8 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
     for language, code, line in _blocks(page):
         if language == "python":
             # Padding makes a traceback point at the line of the page.
-            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+            program = compile("\n" * line + code, str(page), "exec", dont_inherit=True)
+            exec(program, namespace)
 
 
 def _bash_blocks() -> list[pytest.param]:  # type: ignore[valid-type]

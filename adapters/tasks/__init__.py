@@ -6,18 +6,52 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from adapters.tasks.bundled import breast_cancer, digits
+from adapters.tasks import images, text
+from adapters.tasks.bundled import breast_cancer, diabetes, digits, digits_split
+from adapters.tasks.constrained import Constrained, constrained_logistic, hock_schittkowski
+from adapters.tasks.kinds import Regression, Segmentation, Sequences
+from adapters.tasks.shifted import digits_robust, digits_stream
 from adapters.tasks.task import Classification, Split, Task
 from adapters.tasks.transfer import Transfer, digits_rotated, digits_transfer
+from adapters.tasks.transport import Transport, digit_clouds
 from bilevel.checks import did_you_mean
 
-__all__ = ["Classification", "Split", "Task", "Transfer", "describe", "get", "names", "register"]
+__all__ = [
+    "Classification",
+    "Constrained",
+    "Regression",
+    "Segmentation",
+    "Sequences",
+    "Split",
+    "Task",
+    "Transfer",
+    "Transport",
+    "describe",
+    "get",
+    "names",
+    "register",
+]
 
 _makers: dict[str, Callable[..., Task]] = {
+    "banking77": text.banking77,
     "breast_cancer": breast_cancer,
+    "constrained_logistic": constrained_logistic,
+    "descriptions": text.descriptions,
+    "diabetes": diabetes,
+    "digit_clouds": digit_clouds,
     "digits": digits,
+    "digits_robust": digits_robust,
     "digits_rotated": digits_rotated,
+    "digits_split": digits_split,
+    "digits_stream": digits_stream,
     "digits_transfer": digits_transfer,
+    "fashion": images.fashion,
+    "hock_schittkowski": hock_schittkowski,
+    "mnist": images.mnist,
+    "nuclei": images.nuclei,
+    "omniglot": images.omniglot,
+    "shakespeare": text.shakespeare,
+    "stories": text.stories,
 }
 
 
@@ -42,6 +76,7 @@ def get(name: str, /, **options: Any) -> Task:
         ValueError: an unknown task or option (the message lists the known ones), or an option
             out of its range.
         TypeError: an option of another type.
+        FileNotFoundError: it needs the data folder, see `adapters.tasks.folder`.
 
     Example:
         >>> task = get("digits", noise=0.3, seed=0)

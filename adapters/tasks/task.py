@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,8 +26,8 @@ TaskT = TypeVar("TaskT", bound="Task")
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
-    """Data in named splits.
+class Task(ABC):
+    """Data in named splits, and how outputs for them are scored.
 
     The outer loss is taken on "val"; "test" is for the final report only.
 
@@ -89,11 +90,15 @@ class Task:
         """Where the data are, and so the weights trained on them."""
         return self.splits["train"]["x"].device
 
+    @abstractmethod
+    def measure(self, outputs: Tensor, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return metrics of each sample, "loss" among them, from a network's outputs."""
+
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the type, name, options and every byte of every split."""
+        """SHA-256 over the type, name, floating type, options and every byte of every split."""
         digest = hashlib.sha256()
-        head = [type(self).__name__, self.name, sorted(self.options.items())]
+        head = [type(self).__name__, self.name, str(self.dtype), sorted(self.options.items())]
         digest.update(json.dumps(head).encode())
         for name, split in sorted(self.splits.items()):
             for key, value in sorted(split.items()):

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from adapters.tasks.bundled import load_digit_images
 from adapters.tasks.make import classification
 from adapters.tasks.task import Classification, Split
 
-__all__ = ["Transfer", "digits_rotated", "digits_transfer"]
+__all__ = ["Transfer", "digits_rotated", "digits_transfer", "with_source"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ def digits_transfer(
     `adapters.tasks.make.classification` for the first four arguments, which are those of the
     target, and `Transfer` for the last two.
     """
-    images, labels = _digits()
+    images, labels = load_digit_images()
     low = labels < 5
     target = classification(
         "digits_transfer",
@@ -84,7 +85,7 @@ def digits_transfer(
         standardize=False,
     )
     source = images[low], labels[low]
-    return _with_source(target, *source, seed, True, tuple(hidden), activation)
+    return with_source(target, *source, seed, True, tuple(hidden), activation)
 
 
 def digits_rotated(
@@ -101,7 +102,7 @@ def digits_rotated(
     `adapters.tasks.make.classification` for the first four arguments, which are those of the
     target, and `Transfer` for the last two.
     """
-    images, labels = _digits()
+    images, labels = load_digit_images()
     order = np.random.default_rng(np.random.SeedSequence([seed, 90])).permutation(len(labels))
     source, rest = order[: len(order) // 2], order[len(order) // 2 :]
     turned = np.rot90(images, axes=(2, 3)).copy()
@@ -116,17 +117,10 @@ def digits_rotated(
         standardize=False,
     )
     upright = images[source], labels[source]
-    return _with_source(target, *upright, seed, False, tuple(hidden), activation)
+    return with_source(target, *upright, seed, False, tuple(hidden), activation)
 
 
-def _digits() -> tuple[NDArray[Any], NDArray[Any]]:
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    return data.images[:, None] / 16.0, data.target
-
-
-def _with_source(
+def with_source(
     target: Classification,
     images: NDArray[Any],
     labels: NDArray[Any],
@@ -135,6 +129,17 @@ def _with_source(
     hidden: tuple[int, ...],
     activation: str,
 ) -> Transfer:
+    """Return a target with a source made of images of its own: 600 to train on.
+
+    Args:
+        target: the task to adapt to.
+        images: of the source, shape (samples, ...).
+        labels: their classes, 0 ... k − 1.
+        seed: decides the source's split.
+        new_head: whether the classes differ from the target's.
+        hidden: widths of the source network's hidden layers.
+        activation: of its hidden layers.
+    """
     source = classification(
         "source", images, labels, noise=0.0, seed=seed, n_train=600, n_val=100, standardize=False
     )

@@ -120,5 +120,5 @@ class ALLoRAMethod(WeightAdapter):
             for name, layer in layers.items():
                 pair = (batch[f"allora/{name}/factor"], batch[f"allora/{name}/increment"])
                 layer.reparam = replaced(layer.reparam, {"frozen": pair})
-            losses: Tensor = task.measure(model(batch["x"]), batch)["loss"]  # type: ignore[attr-defined]
+            losses: Tensor = task.measure(model(batch["x"]), batch)["loss"]
             return losses.mean()

@@ -9,6 +9,7 @@ import pytest
 from adapters import Trainer, registry
 from tests.adapters import methods
 from tests.adapters.battery import CHECKS, LEARNERS, Subject
+from tests.adapters.test_iterations import ITERATIONS
 
 CANCER = {"task": "breast_cancer", "options": {}}
 SMALL = {"width": 16, "depth": 1, "activation": "tanh"}
@@ -42,7 +43,7 @@ SUBJECTS = {**LEARNERS, **OTHERS}
 
 
 def test_the_battery_covers_the_registry() -> None:
-    assert set(LEARNERS) == set(registry.names())
+    assert set(LEARNERS) | set(ITERATIONS) == set(registry.names())
 
 
 @pytest.mark.parametrize("name", SUBJECTS)

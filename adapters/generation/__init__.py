@@ -1,0 +1,1 @@
+"""Generation: methods that act while samples are drawn."""

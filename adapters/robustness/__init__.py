@@ -1,0 +1,1 @@
+"""Robustness: fine-tuning and adaptation that hold under shifts."""

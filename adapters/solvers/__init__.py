@@ -1,0 +1,1 @@
+"""Solvers: problems solved by iterations instead of training."""
