@@ -134,8 +134,8 @@ def check_precision(name: str, params: Leaves) -> None:
         if torch.finfo(tensor.dtype).bits < 32:
             raise ValueError(
                 f"{name} takes differences of nearby evaluations, which rounding swamps in "
-                f"{tensor.dtype} ({leaf}); keep float32 params and compute under autocast, or "
-                "use Unrolled or Implicit."
+                f"{tensor.dtype} ({leaf}); keep float32 params, or use "
+                "Unrolled or Implicit."
             )
 
 

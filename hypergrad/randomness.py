@@ -31,7 +31,12 @@ def seeded(seed: int | Tensor, devices: Iterable[Device] = ()) -> Iterator[None]
     Args:
         seed: any integer, or a tensor of one.
         devices: devices besides the CPU on which the block draws.
+
+    Raises:
+        TypeError: a generator, which lives on one device and has a state of its own.
     """
+    if isinstance(seed, torch.Generator):
+        raise TypeError("seed must be an integer, but got a generator; pass its initial_seed().")
     places = _accelerators(devices)
     with RandomState.capture(places).restored_after():
         torch.default_generator.manual_seed(int(seed))

@@ -59,7 +59,8 @@ class PZOBO(Estimator[PZOBOState]):
     Hyperparameters that do not enter the inner level are not perturbed.  Those that do move by
     about μ in each entry: where a loss or an optimizer needs a positive value, tune its logarithm.
 
-    Cost: Q + 1 inner trainings; memory of plain training, however long.
+    Cost: Q + 1 inner trainings; memory of plain training, however long.  Losses under bfloat16
+    autocast round by about what μ changes: compute them in float32, or take a larger μ.
 
     Source: Sow, Ji and Liang, On the convergence theory for Hessian-free bilevel algorithms,
     NeurIPS 2022, algorithm 1.

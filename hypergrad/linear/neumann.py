@@ -14,6 +14,12 @@ from hypergrad.status import Status
 
 __all__ = ["Neumann"]
 
+RETRIES = 4
+"""How often step="auto" is shortened where the residual grows."""
+
+ROUNDING = 100
+"""Residuals below this many units of rounding grow by rounding alone."""
+
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
@@ -28,7 +34,8 @@ class Neumann(LinearSolver):
 
     Attributes:
         terms: K, one product each.
-        step: η, or "auto" for 1/(1.1 λ) with λ from power iterations.
+        step: η, or "auto" for 1/(1.1 λ) with λ from power iterations, and from the residual where
+            it grows.
         power_iterations: most products spent on λ with step="auto".
         rtol: stop early at this relative residual.
 
@@ -56,15 +63,21 @@ class Neumann(LinearSolver):
         step = yield from self._step(b)
         x, r = yield from start(b, x0)
         first = length = norm(r)
-        best = x, length
+        best, shorter = (x, length, r), RETRIES if self.step == "auto" else 0
         for _ in range(self.terms):
             if length <= self.rtol or length > first:
                 break
-            x = torch.add(x, r, alpha=step)
+            x, before = torch.add(x, r, alpha=step), length
             r = b - (yield x)
             length = finite(norm(r), "the residual")
             if length < best[1]:
-                best = x, length
+                best = x, length, r
+            elif shorter and length > before > ROUNDING * torch.finfo(b.dtype).eps:
+                # b had next to nothing along the largest eigenvalue, so that the power iteration
+                # missed it.  By now the residual has: it grows by |1 − ηλ| a term.
+                shorter -= 1
+                step /= 1.1 * (1 + length / before)
+                x, length, r = best
         status = Status.MAX_ITER
         if best[1] <= self.rtol:
             status = Status.CONVERGED

@@ -71,6 +71,15 @@ class TestEverySolver:
             float((a @ found.x - b).norm() / b.norm()), abs=1e-12
         )
 
+    def test_an_eigenvalue_that_the_right_hand_side_hides(self, solver: LinearSolver) -> None:
+        """b is orthogonal to the largest eigenvector up to 1e-6, or up to rounding."""
+        a = torch.diag(torch.tensor([0.3, 0.3, 10.0], dtype=torch.float64))
+        for hidden in (1e-6, 1e-14):
+            b = torch.tensor([1.0, 2.0, hidden], dtype=torch.float64)
+            found = solver.solve(lambda v: a @ v, b)
+            assert found.status.ok
+            assert torch.allclose(a @ found.x, b, atol=1e-9)
+
     @pytest.mark.parametrize("scale", [1e-30, 1e30])
     def test_any_size_of_the_right_hand_side(self, solver: LinearSolver, scale: float) -> None:
         """Squared in float32, either leaves its range."""
