@@ -16,6 +16,7 @@ __all__ = ["describe", "get", "names", "register"]
 
 _MODULES = {
     "adalora": "adapters.weights.adalora:AdaLoRAMethod",
+    "adawac": "adapters.objectives.adawac:AdaWAC",
     "allora": "adapters.weights.allora:ALLoRAMethod",
     "apg": "adapters.generation.apg:APG",
     "bang": "adapters.robustness.bang:BANG",

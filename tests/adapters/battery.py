@@ -79,6 +79,9 @@ def _adapter(name: str, **hparams: Any) -> Subject:
 
 LEARNERS: dict[str, Subject] = {
     "adalora": _adapter("adalora", rank=4, warm_up=0.2, total=60),
+    "adawac": Subject(
+        registry.get("adawac"), options={"noise": 0.2, "n_train": 600}, hparams={"burn_in": 0}
+    ),
     "allora": _adapter("allora"),
     "dct_adamw": _adapter("dct_adamw"),
     "eva": _adapter("eva", headroom=2.0),
