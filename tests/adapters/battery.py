@@ -83,6 +83,9 @@ LEARNERS: dict[str, Subject] = {
         registry.get("adawac"), options={"noise": 0.2, "n_train": 600}, hparams={"burn_in": 0}
     ),
     "allora": _adapter("allora"),
+    "compander": Subject(
+        registry.get("compander"), hparams={"width": 16}, smooth={"activation": "tanh"}
+    ),
     "dct_adamw": _adapter("dct_adamw"),
     "eva": _adapter("eva", headroom=2.0),
     "finetune": _adapter("finetune"),
