@@ -38,6 +38,7 @@ _MODULES = {
     "network": "adapters.network:Network",
     "peft": "adapters.hf:PeftTune",
     "ps_kd": "adapters.objectives.ps_kd:PSKD",
+    "reweighted": "adapters.objectives.reweighted:Reweighted",
     "s2ft": "adapters.sparse.s2ft:S2FT",
     "sara": "adapters.sparse.sara:SaRA",
     "sorsa": "adapters.weights.sorsa:SORSAMethod",

@@ -98,6 +98,7 @@ LEARNERS: dict[str, Subject] = {
     "lora": _adapter("lora"),
     "lora_sb": _adapter("lora_sb", rank=8),
     "miss": _adapter("miss", rank=4),
+    "reweighted": Subject(registry.get("reweighted"), hparams={"burn_in": 0}),
     "s2ft": _adapter("s2ft", up=0.25),
     "sara": _adapter("sara", min_dim=16, reselect=3),
     "sorsa": _adapter("sorsa"),
