@@ -65,7 +65,7 @@ class CompandedNetwork(Method):
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
         """½ λ ‖v‖², biases included."""
-        squares = torch.stack([p.square().sum() for p in model.parameters() if p.requires_grad])
+        squares = torch.stack([p.square().sum() for p in model.parameters()])
         return cast(Tensor, 0.5 * hparams["weight_decay"] * squares.sum())
 
     def finish(self, model: nn.Module, hparams: Mapping[str, Any]) -> nn.Module:
