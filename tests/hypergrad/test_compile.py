@@ -31,6 +31,7 @@ from hypergrad import (
     Neumann,
     Problem,
     Status,
+    TwoViewLoss,
     Unrolled,
     module_problem,
 )
@@ -344,6 +345,29 @@ def test_solve_meets_curvature_that_is_not_positive() -> None:
     ):
         found = agree(problem(matrix), Implicit(CG(rtol=1e-10), compile="solve"), 1e-8)
         assert found.status is status
+
+
+def test_solve_tells_what_is_not_symmetric() -> None:
+    """In two directions, and where already the first has no curvature."""
+
+    def outer(w: Any, h: Any, b: Any) -> Tensor:
+        return (w - 1).pow(2).sum() + (h**2).sum()
+
+    turned = torch.eye(4).roll(1, 0)
+    for matrix in (torch.eye(4) + turned, turned - turned.T, turned - torch.eye(4)):
+        for dtype in (torch.float64, torch.float32):
+            a = matrix.to(dtype)
+
+            def two_views(w: Any, frozen: Any, h: Any, b: Any, a: Tensor = a) -> Tensor:
+                return w @ (a @ frozen - h)
+
+            start = trained(torch.linspace(-1, 0.5, 4, dtype=dtype))
+            problem = Problem(TwoViewLoss(two_views), outer)
+            case = Case(problem, start, trained(torch.ones(4, dtype=dtype)), None, None)
+            found, _ = call(case, Implicit(CG(rtol=1e-10), compile="solve"))
+            expected, _ = call(case, Implicit(CG(rtol=1e-10)))
+            assert report(found).reason is None
+            assert found.status is expected.status is Status.NOT_SYMMETRIC
 
 
 def test_solve_of_a_zero_system_and_a_start_that_is_worse_than_zero() -> None:
