@@ -112,7 +112,7 @@ def check_hypergradient(
         first, again = outer_value(hparams), outer_value(hparams)
         grads = [g.double() for g in optree.tree_leaves(estimate.grad)]
         rows = [
-            _compare(name, leaves, direction, grads, outer_value, eps)
+            _compare(name, leaves, direction, grads, outer_value, first, eps)
             for name, direction in _directions(leaves, directions, seed)
         ]
         stationarity = None
@@ -224,6 +224,7 @@ def _compare(
     direction: list[Tensor],
     grads: list[Tensor],
     outer_value: Callable[[Tree], float],
+    at: float,
     eps: float,
 ) -> Comparison:
     def value(length: float) -> float:
@@ -239,7 +240,7 @@ def _compare(
     coarse, fine = difference(eps), difference(eps / 2)
     extrapolated = (4 * fine - coarse) / 3
     slope = sum(float((g * d).sum()) for g, d in zip(grads, direction, strict=True))
-    rounding = 4 * torch.finfo(torch.float64).eps * abs(value(0.0)) / eps
+    rounding = 4 * torch.finfo(torch.float64).eps * abs(at) / eps
     scale = max(abs(extrapolated), abs(slope), rounding, 1e-300)
     return Comparison(
         name=name,

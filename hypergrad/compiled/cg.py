@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.linear import CG, LinearSolver
+from hypergrad.linear.solution import asymmetric
 from hypergrad.status import Status
 
 __all__ = ["Found", "conjugate_gradients", "fits", "steps"]
@@ -139,8 +140,8 @@ def conjugate_gradients(
         return x, found or check(x), used, Status.CONVERGED
     p, best_x, best, checked, taken, largest = r, x, length, length, 0.0, 0.0
     status, left = Status.MAX_ITER, ACTIVE
+    numbers = b.new_tensor([length**2, best, largest, taken, ACTIVE, reached, 0.0])
     while taken < solver.max_iter:
-        numbers = b.new_tensor([length**2, best, largest, taken, ACTIVE, reached, 0.0])
         x, r, p, best_x, numbers = block([x, r, p, best_x, numbers])
         rr, best, largest, taken, left, _, skew = numbers.tolist()
         if not math.isfinite(rr + best + largest):
@@ -151,6 +152,10 @@ def conjugate_gradients(
             break
         if left in (BENT, SINGULAR):
             status = Status.NEGATIVE_CURVATURE if left == BENT else Status.BREAKDOWN
+            if largest > 0:
+                used += 2
+                if _asymmetric(check, b, r / (length * largest), largest):
+                    status = Status.NOT_SYMMETRIC
             break
         if left == ACTIVE:
             continue
@@ -166,8 +171,23 @@ def conjugate_gradients(
             status = Status.STALLED
             break
         r = p = found.residual
+        numbers = b.new_tensor([length**2, best, largest, taken, ACTIVE, reached, 0.0])
     if found is None or best_x is not x:
         found = check(best_x)
     if status is Status.MAX_ITER and found.length <= goal:
         status = Status.CONVERGED
     return best_x, found, used + int(taken), status
+
+
+def _asymmetric(check: Callable[[Tensor], Found], b: Tensor, u: Tensor, scale: float) -> bool:
+    """Tell whether A is not symmetric from two products in the direction of u.
+
+    Args:
+        check: computes b − A x.
+        b: of the size of A u.
+        u: any direction.
+        scale: size of A.
+    """
+    au = b - check(u).residual
+    v = au / scale
+    return asymmetric(u, au, v, b - check(v).residual)

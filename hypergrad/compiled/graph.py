@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 
 from hypergrad.attention import math_attention
+from hypergrad.compiled.products import rewrite_products
 from hypergrad.compiled.report import CannotCompileError
-from hypergrad.compiled.thin import rewrite_thin_products
 from hypergrad.randomness import RandomState
 
 __all__ = ["Graph", "Traced", "compile_graph", "retarget", "trace"]
@@ -100,7 +100,12 @@ def compile_graph(traced: Traced) -> Graph:
 def _inductor(
     module: fx.GraphModule, inputs: Sequence[Tensor]
 ) -> Callable[[list[Tensor]], Sequence[Tensor]]:
-    """Return what inductor makes of a graph of ATen operations."""
+    """Return what inductor makes of a graph of ATen operations.
+
+    On a CPU the code that calls the kernels is in C++ too: a call of a small graph spends most
+    of its time in allocations from Python otherwise.
+    """
+    import torch._inductor.config
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.fx_passes.joint_graph import joint_graph_passes
@@ -115,9 +120,12 @@ def _inductor(
         FakeTensorProp(module, fake).propagate_dont_convert_inputs(*like)
         # A view is what inductor takes a reshape for, in any memory order.
         retarget(module, torch.ops.aten.reshape.default, torch.ops.aten.view.default)
-        rewrite_thin_products(module)
+        rewrite_products(module)
         module = joint_graph_passes(module)
-        function = compile_fx_inner(module, like, is_inference=True)
+        cpu = all(t.device.type == "cpu" for t in inputs)
+        # Inductor's patterns would put C + A B together again.
+        with torch._inductor.config.patch(pattern_matcher=not cpu):
+            function = compile_fx_inner(module, like, is_inference=True, cpp_wrapper=cpu)
     return cast(Callable[[list[Tensor]], Sequence[Tensor]], function)
 
 

@@ -74,6 +74,7 @@ def test_networks_against_central_differences(name: str) -> None:
         case.hparams,
         case.inner,
         case.outer,
+        directions=1,
     )
     assert report.passed, str(report)
 
@@ -89,6 +90,7 @@ def test_batch_norm_against_central_differences(name: str) -> None:
         case.hparams,
         case.inner,
         case.outer,
+        directions=1,
     )
     assert report.passed, str(report)
 

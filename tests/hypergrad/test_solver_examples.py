@@ -22,7 +22,7 @@ def load(name: str) -> ModuleType:
 
 
 def test_per_parameter_decay_beats_the_best_single_one() -> None:
-    found = load("per_parameter_decay").main(outer_steps=6)
+    found = load("per_parameter_decay").main(outer_steps=3)
     assert found["one per parameter"] < found["one decay"]
 
 

@@ -37,7 +37,7 @@ def test_orthogonal_basis_is_exact_for_a_linear_response(smoothing: float) -> No
 
 def test_gaussian_mean_and_covariance_for_a_linear_response() -> None:
     """N estimates of one direction each: covariance ‖g‖²I + ggᵀ.  Tolerance: five deviations."""
-    n, method = 1500, PZOBO(RULE, steps=2, directions=1)
+    n, method = 800, PZOBO(RULE, steps=2, directions=1)
     samples, state = [], None
     for _ in range(n):
         found, state = on_quadratic(method, state)
@@ -55,12 +55,12 @@ def test_relative_variance_of_two_directions(orthogonal: bool, variance: float) 
     """E‖ĝ − g‖²/‖g‖² is (p + 1)/Q with Gaussian and (p − Q)/Q with orthogonal directions."""
     method, state = PZOBO(RULE, steps=2, directions=2, orthogonal=orthogonal), None
     errors = []
-    for _ in range(800):
+    for _ in range(400):
         found, state = on_quadratic(method, state)
         state = {**state, "optimizer": None}
         errors.append((found.grad["h"] - EXACT).square().sum())
     scatter = torch.stack(errors) / INDIRECT.square().sum()
-    deviation = float(scatter.std()) / 800**0.5
+    deviation = float(scatter.std()) / 400**0.5
     assert abs(float(scatter.mean()) - variance) < 5 * deviation
     assert 5 * deviation < variance / 2  # the test can tell the formulas apart
 
@@ -70,7 +70,7 @@ def test_smoothed_response() -> None:
     h, rate, mu = torch.tensor([0.3], dtype=torch.float64, requires_grad=True), 0.5, 1.0
     problem = Problem(lambda p, h, b: -(h["h"].sin() * p["w"]).sum(), lambda p, h, b: p["w"].sum())
     params = {"w": torch.zeros(1, dtype=torch.float64, requires_grad=True)}
-    method = PZOBO(SGD(rate), steps=1, directions=200, smoothing=mu)
+    method = PZOBO(SGD(rate), steps=1, directions=100, smoothing=mu)
     state, means = method.init(problem, params, {"h": h}), []
     for _ in range(40):
         found, state = method(problem, params, {"h": h}, None, None, state)

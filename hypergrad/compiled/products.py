@@ -1,4 +1,4 @@
-"""Products with one thin factor, in the form that is fastest on a CPU."""
+"""Matrix products in the form that is fastest on a CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-__all__ = ["rewrite_thin_products"]
+__all__ = ["rewrite_products"]
 
 WIDTH = 48
 """Columns up to which a product is transposed.
@@ -27,10 +27,11 @@ in float32 on matrices of 4,096 to 65,536 entries, that takes 0.3 to 0.5 times a
 _ATEN = torch.ops.aten
 
 
-def rewrite_thin_products(module: fx.GraphModule) -> None:
-    """Replace A b by a sum, and A B by (Bᵀ Aᵀ)ᵀ and C + A B likewise where B is thin and A not.
+def rewrite_products(module: fx.GraphModule) -> None:
+    """Replace C + A B by a sum of two, A b by a sum, and A B by (Bᵀ Aᵀ)ᵀ where B is thin.
 
-    The last layer of a classifier and the products of its derivatives are such.
+    The library copies C before it adds to it, where inductor fuses the sum with what follows.
+    The last layer of a classifier and the products of its derivatives are thin.
     """
     graph = module.graph
     for node in list(graph.nodes):
@@ -39,17 +40,33 @@ def rewrite_thin_products(module: fx.GraphModule) -> None:
         if node.meta["val"].device.type != "cpu":
             continue
         with graph.inserting_before(node):
-            replacement = _sum(node) or _transposed_product(node)
+            replacement = _added(node) if node.target is _ATEN.addmm.default else _product(node)
         if replacement is not None:
             node.replace_all_uses_with(replacement)
             graph.erase_node(node)
     module.recompile()
 
 
+def _added(node: fx.Node) -> fx.Node | None:
+    """C + α A B, with the product as a node of its own."""
+    c, a, b = node.args
+    if node.kwargs.get("beta", 1) != 1:
+        return None
+    product = _insert(_ATEN.mm.default, a, b)
+    replacement = _product(product)
+    if replacement is not None:
+        node.graph.erase_node(product)
+    alpha = node.kwargs.get("alpha", 1)
+    return _insert(_ATEN.add.Tensor, c, replacement or product, alpha=alpha)
+
+
+def _product(node: fx.Node) -> fx.Node | None:
+    """A B in the form that is fastest; None where it has it."""
+    return _sum(node) or _transposed(node)
+
+
 def _sum(node: fx.Node) -> fx.Node | None:
     """A b = Σ_j A_ij b_j, and aᵀ B likewise, for a small matrix."""
-    if node.target is not _ATEN.mm.default:
-        return None
     a, b = node.args
     assert isinstance(a, fx.Node) and isinstance(b, fx.Node)  # noqa: PT018
     rows, columns = node.meta["val"].shape
@@ -61,14 +78,13 @@ def _sum(node: fx.Node) -> fx.Node | None:
     )
 
 
-def _transposed_product(node: fx.Node) -> fx.Node | None:
-    """(Bᵀ Aᵀ)ᵀ, or (Cᵀ + Bᵀ Aᵀ)ᵀ."""
-    *bias, a, b = node.args
+def _transposed(node: fx.Node) -> fx.Node | None:
+    """(Bᵀ Aᵀ)ᵀ for a thin B."""
     rows, columns = node.meta["val"].shape
-    if not columns < min(rows, WIDTH + 1) or any(c.meta["val"].dim() != 2 for c in bias):  # type: ignore[union-attr]
+    if columns >= min(rows, WIDTH + 1):
         return None
-    assert callable(node.target)
-    return _t(_insert(node.target, *map(_t, (*bias, b, a)), **node.kwargs))
+    a, b = node.args
+    return _t(_insert(_ATEN.mm.default, _t(b), _t(a)))
 
 
 def _t(node: Any) -> fx.Node:
