@@ -108,7 +108,10 @@ def options(
 def tune(
     task: Annotated[str, typer.Argument(help="Name of a task; see `bilevel list`.")],
     learner: Annotated[str, typer.Option(help="Name of a learner.")] = "network",
-    noise: Annotated[float, typer.Option(help="Share of wrong training labels.")] = 0.3,
+    noise: Annotated[
+        Optional[float],  # noqa: UP045  (typer reads the annotation at run time)
+        typer.Option(help="Share of wrong training labels; default 0.3 where a task has it."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="First seed.", min=0)] = 0,
     seeds: Annotated[int, typer.Option(help="Number of seeds.", min=1)] = 3,
     trials: Annotated[int, typer.Option(help="Trials of each search.", min=2)] = 8,
@@ -129,12 +132,15 @@ def tune(
     Defaults, random search, TPE, gradient tuning, and TPE with gradients, all at the same cost
     and over several seeds.  Prints a table, and writes a report, figures and the studies.
     """
+    from adapters import tasks
     from studies.job import run_comparison
 
+    if noise is None and task in tasks.names() and "noise" in tasks.option_names(task):
+        noise = 0.3
     run_comparison(
         task,
         learner,
-        options={"noise": noise},
+        options={} if noise is None else {"noise": noise},
         seeds=range(seed, seed + seeds),
         trials=trials,
         budget=budget,

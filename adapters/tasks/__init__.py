@@ -29,6 +29,7 @@ __all__ = [
     "describe",
     "get",
     "names",
+    "option_names",
     "register",
 ]
 
@@ -65,6 +66,17 @@ def describe() -> dict[str, str]:
     return {name: inspect.getdoc(_makers[name]).splitlines()[0] for name in names()}  # type: ignore[union-attr]
 
 
+def option_names(name: str) -> list[str]:
+    """Return the names of a task's options.
+
+    Raises:
+        ValueError: an unknown task.
+    """
+    if name not in _makers:
+        raise ValueError(f"unknown task {name!r}; {did_you_mean(name, names())}")
+    return list(inspect.signature(_makers[name]).parameters)
+
+
 def get(name: str, /, **options: Any) -> Task:
     """Make a task.
 
@@ -83,9 +95,7 @@ def get(name: str, /, **options: Any) -> Task:
         >>> task.input_shape, len(task.split("train")["y"]), int(task.corrupted.sum())
         ((1, 8, 8), 600, 180)
     """
-    if name not in _makers:
-        raise ValueError(f"unknown task {name!r}; {did_you_mean(name, names())}")
-    known = inspect.signature(_makers[name]).parameters
+    known = option_names(name)
     for option in options:
         if option not in known:
             raise ValueError(
