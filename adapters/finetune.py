@@ -56,7 +56,7 @@ class FineTune(Method):
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
         """½ λ ‖θ‖² over everything trained."""
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for n, p in model.named_parameters() if n in self.trained]
         squares = torch.stack([p.square().sum() for p in trained]).sum()
         half: Tensor = 0.5 * hparams["weight_decay"] * squares
         return half

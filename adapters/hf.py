@@ -177,7 +177,7 @@ class PeftTune(Method):
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
         """½ λ ‖θ‖², and AdaLoRA's orthogonality."""
-        trained = [p for p in model.parameters() if p.requires_grad]
+        trained = [p for n, p in model.named_parameters() if n in self.trained]
         half = (
             0.5 * hparams["weight_decay"] * torch.stack([p.square().sum() for p in trained]).sum()
         )

@@ -62,6 +62,7 @@ class Level:
         self.objective = Objective(assembly.method, assembly.model, assembly.space, horizon)
         trained = self.objective.functional.trained
         self.names = list(trained)
+        assembly.method.trained = frozenset(trained)
         self._leaves = trainable_leaves(trained)
         self.initial = flatten(self._leaves.tensors)
         rule = assembly.method.optimizer(self._hyper)

@@ -124,6 +124,8 @@ class Method:
         task_type: what kind of task it takes.
         roles: roles of metrics that are not plain values.
         setting: what the method runs on; there from `network` on.
+        trained: names of the tensors that the current phase trains; there in losses and hooks.
+            Inside a loss `requires_grad` does not tell: other tensors stand in for the network's.
         memory: tensors and plain data that hooks keep between steps; part of the run's state.
     """
 
@@ -137,6 +139,7 @@ class Method:
     roles: ClassVar[Mapping[str, Role]] = {}
 
     setting: Setting
+    trained: frozenset[str]
     memory: dict[str, Any]
 
     # Before training.  Random draws from torch's default generator are seeded by the run.

@@ -24,20 +24,20 @@ def listing() -> dict[str, dict[str, str]]:
     """Return names with one line about each, by kind."""
     import hypergrad
     from adapters import registry, tasks
-    from bilevel import descent, single_loop
+    from bilevel import OuterAlgorithm, descent, inexact, self_tuning, single_loop
     from studies.sampling import PRUNERS, SAMPLERS
 
     # The classes' own first lines are formulas; their files say in words what they are.
     estimators = {kind.__name__: _title(kind) for kind in _classes(hypergrad, hypergrad.Estimator)}
-    stochastic = {
-        kind.__name__: _line(kind)
-        for kind in _classes(single_loop, single_loop.StochasticBilevel)
-        if kind is not single_loop.StochasticBilevel
-    }
+    algorithms = {"Descent": _title(descent.Descent)}
+    for package in (self_tuning, inexact, single_loop):
+        for kind in _classes(package, OuterAlgorithm):
+            if kind is not single_loop.StochasticBilevel:
+                algorithms[kind.__name__] = _line(kind)
     return {
         "tasks": tasks.describe(),
         "learners": registry.describe(),
-        "algorithms": {"Descent": _title(descent.Descent), **stochastic},
+        "algorithms": algorithms,
         "estimators": estimators,
         "samplers": {name: f"{optuna_name} of Optuna" for name, optuna_name in _made(SAMPLERS)},
         "pruners": {name: f"{make.__name__} of Optuna" for name, make in PRUNERS.items()},

@@ -2,9 +2,9 @@
 
     loss = mean_b [β'_b ℓ_CE,b + (1 − β'_b) λ ρ(z₁, z₂)_b],   logit β' = logit β + η (ℓ_CE − λ ρ)
 
-ℓ_CE is the mean cross entropy of two noisy views, ρ one minus the cosine of their hidden features
-z.  Weights start at ½ and are kept by sample index.  All weights of the network are trained, nothing
-is frozen.  β' has no gradient in training and its full derivative in a hypergradient, where the
+ℓ_CE is the mean cross entropy of two noisy views, ρ one minus the cosine of their hidden features.
+Weights start at ½ and are kept by sample index.  All weights of the network are trained, nothing is
+frozen.  β' has no gradient in training and its full derivative in a hypergradient, where the
 weights at the start of the window are constant; the published objective is a min-max on one data
 set, and β itself is never tuned by a hypergradient.
 

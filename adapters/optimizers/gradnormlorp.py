@@ -89,7 +89,7 @@ class GradNormLoRP(SplitTune):
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
         """½ λ over everything trained but the directions."""
         split = set(self.split_names(model))
-        kept = [p for n, p in model.named_parameters() if p.requires_grad and n not in split]
+        kept = [p for n, p in model.named_parameters() if n in self.trained and n not in split]
         half: Tensor = (
             0.5 * hparams["weight_decay"] * torch.stack([p.square().sum() for p in kept]).sum()
         )

@@ -38,7 +38,7 @@ class CG(Iterative):
 
     Statuses: CONVERGED; MAX_ITER; STALLED (restarts no longer reduce the residual);
     NEGATIVE_CURVATURE (a direction with pᵀAp < 0); BREAKDOWN (pᵀAp = 0 up to rounding of
-    ‖A‖ ‖p‖², so A is singular along p); NOT_SYMMETRIC (pᵀAq ≠ qᵀAp for two directions).
+    ‖A‖ ‖p‖², so A is singular along p); NOT_SYMMETRIC (pᵀAq ≠ qᵀAp for two directions in turn).
 
     Attributes:
         rtol: stop at ‖b − A x‖ ≤ max(rtol · ‖b‖, atol).
@@ -91,7 +91,9 @@ class CG(Iterative):
             flat = curvature <= threshold
             if flat and last is None:
                 last = ap, (yield from damped(ap, self.damping))
-            if last is not None and (flat or used == 2) and asymmetric(*last, p, ap):
+            # At powers of two: two directions may happen to hide what the next ones show.
+            looked = flat or used & (used - 1) == 0 or used == self.max_iter
+            if last is not None and looked and asymmetric(*last, p, ap):
                 status = Status.NOT_SYMMETRIC
                 break
             if flat:

@@ -83,6 +83,9 @@ LEARNERS: dict[str, Subject] = {
         registry.get("adawac"), options={"noise": 0.2, "n_train": 600}, hparams={"burn_in": 0}
     ),
     "allora": _adapter("allora"),
+    "compander": Subject(
+        registry.get("compander"), hparams={"width": 16}, smooth={"activation": "tanh"}
+    ),
     "dct_adamw": _adapter("dct_adamw"),
     "eva": _adapter("eva", headroom=2.0),
     "finetune": _adapter("finetune"),
@@ -95,6 +98,7 @@ LEARNERS: dict[str, Subject] = {
     "lora": _adapter("lora"),
     "lora_sb": _adapter("lora_sb", rank=8),
     "miss": _adapter("miss", rank=4),
+    "reweighted": Subject(registry.get("reweighted"), hparams={"burn_in": 0}),
     "s2ft": _adapter("s2ft", up=0.25),
     "sara": _adapter("sara", min_dim=16, reselect=3),
     "sorsa": _adapter("sorsa"),

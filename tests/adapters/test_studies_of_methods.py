@@ -12,6 +12,8 @@ from adapters.generation import denoiser
 from studies import Study
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "compander": ("digits", {"n_train": 200}, {}),
+    "reweighted": ("digits", {"n_train": 200}, {}),
     "adawac": ("digits", {"n_train": 200}, {}),
     "apg": ("digits", {"n_train": 200}, {"steps": 5, "batch": 20}),
     "bang": ("digits_robust", {"n_train": 200, "n_val": 100}, {"steps": 20}),
