@@ -51,7 +51,7 @@ class Implicit(Estimator[ImplicitState]):
         warm_start: start the solver at the last call's q.
         compile: "step" compiles the gradients and the products with the curvature, which every
             solver then calls; "solve" blocks of several CG iterations, with fewer calls between
-            them.  Compiling takes 10 to 60 seconds for new shapes, so it pays in long runs of
+            them.  Compiling takes 5 to 35 seconds for new shapes, so it pays in long runs of
             small problems, and is kept on disk for the next process.  A program's first result
             is compared with the eager one.  Where compiling is not possible or not right, the
             call is eager, and `Hypergradient.compiled` says why; see `hypergrad.compiled`.

@@ -172,7 +172,7 @@ def _constant_leaves(hparams: Tree) -> Leaves:
 
 def check_steps(name: str, steps: int) -> None:
     """Raise ValueError unless the number of inner steps is a positive integer."""
-    if not isinstance(steps, int) or steps < 1:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"{name} steps must be an integer of at least 1, but got {steps!r}.")
 
 

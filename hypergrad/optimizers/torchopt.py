@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hypergrad.optimizers.base import Optimizer, State
+from hypergrad.optimizers.convert import RULES
 from hypergrad.optimizers.values import Value, Values
 
 __all__ = ["TorchOpt", "as_optimizer"]
@@ -97,11 +98,13 @@ def as_optimizer(optimizer: Any) -> Any:
     if callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None)):
         return TorchOpt(optimizer)
     hint, name = "", type(optimizer).__name__
-    if isinstance(optimizer, torch.optim.Optimizer):
+    if type(optimizer) in RULES:
         hint = " Convert it with hypergrad.from_torch(optimizer, params)."
-    elif isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
-        name = f"the class {optimizer.__name__}"
-        hint = f" Convert it with hypergrad.from_torch(torch.optim.{optimizer.__name__}, lr=...)."
+    elif isinstance(optimizer, type):
+        kind = optimizer.__name__
+        name = f"the class {kind}"
+        if optimizer in RULES:
+            hint = f" Convert it with hypergrad.from_torch(torch.optim.{kind}, lr=...)."
     raise TypeError(
         "optimizer must be a hypergrad optimizer (SGD, Adam, AdamW, RMSprop, Adagrad, Lion) or a "
         f"TorchOpt transformation such as torchopt.adam(1e-3), but got {name}.{hint}"

@@ -285,6 +285,8 @@ def test_from_torch_takes_a_class_with_options() -> None:
         from_torch(torch.optim.Adam, betas=0.9)
     with pytest.raises(TypeError, match=r"Convert it with .*from_torch\(torch\.optim\.SGD, lr="):
         as_optimizer(torch.optim.SGD)
+    with pytest.raises(TypeError, match=r"got the class Rprop\.$"):
+        as_optimizer(torch.optim.Rprop)
 
 
 @pytest.mark.parametrize("theirs", RULES)

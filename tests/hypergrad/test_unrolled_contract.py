@@ -157,7 +157,7 @@ def test_state_is_storable() -> None:
 
 def test_bad_configurations() -> None:
     for kind in (Unrolled, Forward, HigherUnrolled):
-        for steps in (0, -1, 2.5):
+        for steps in (0, -1, 2.5, True):
             with pytest.raises(ValueError, match=rf"steps must be an integer .* got {steps}"):
                 kind(SGD(0.1), steps)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"optimizer must be a hypergrad optimizer .* got str"):
