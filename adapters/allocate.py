@@ -127,7 +127,8 @@ def rate_distortion(
         The point of each layer; ties go to fewer weights kept.
 
     Raises:
-        ValueError: other names or lengths, NaN distortions, or a budget below the least.
+        ValueError: other names or lengths, distortions that are not finite, or a budget below the
+            least.
     """
     if set(curves) != set(kept) or not curves:
         raise ValueError(f"curves are for {sorted(curves)}, but kept for {sorted(kept)}.")
@@ -136,8 +137,8 @@ def rate_distortion(
             raise ValueError(
                 f"{name}: {len(curve)} distortions for {len(kept[name])} numbers of weights."
             )
-        if any(math.isnan(x) for x in curve):
-            raise ValueError(f"{name}: a distortion is NaN.")
+        if not all(math.isfinite(x) for x in curve):
+            raise ValueError(f"{name}: distortions must be finite, but got {list(curve)}.")
     if unit < 1:
         raise ValueError(f"unit must be at least 1, but got {unit}.")
     cost = {n: [-(-k // unit) for k in ks] for n, ks in kept.items()}

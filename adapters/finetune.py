@@ -18,9 +18,20 @@ from bilevel.space import Space
 from hypergrad import seeded
 from hypergrad.optimizers import Adam, Optimizer, Value
 
-__all__ = ["DECAY", "FineTune", "FullFineTune", "head_of", "learning_rate"]
+__all__ = ["DECAY", "EPS", "FineTune", "FullFineTune", "betas", "head_of", "learning_rate"]
 
 DECAY = Grad(1e-5, low=1e-8, high=0.1, scale="log", doc="L2 penalty of all trained; smooth")
+
+
+EPS = Grad(1e-6, low=1e-12, high=1e-2, scale="log", doc="ε of Adam; smooth")
+
+
+def betas(second: float = 0.999) -> dict[str, Grad]:
+    """Return the domains "beta1" and "beta2" of Adam's averages."""
+    return {
+        "beta1": Grad(0.9, low=0.0, high=0.999, doc="decay β₁ of the mean; smooth"),
+        "beta2": Grad(second, low=0.5, high=0.9999, doc="decay β₂ of the squares; smooth"),
+    }
 
 
 def learning_rate(default: float = 3e-3) -> Grad:

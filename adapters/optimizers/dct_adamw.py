@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, learning_rate
+from adapters.finetune import DECAY, EPS, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
-from bilevel.domains import Choice, Grad, Int, Switch
+from bilevel.domains import Choice, Int, Switch
 from bilevel.space import Space
 from hypergrad.optimizers import Adam, Value
 
@@ -32,21 +32,21 @@ class DCTAdamW(SplitTune):
     space = Space(
         lr=learning_rate(3e-3),
         weight_decay=DECAY,
-        beta1=Grad(0.9, low=0.0, high=0.999, doc="decay β₁ of the mean; smooth"),
-        beta2=Grad(0.999, low=0.5, high=0.9999, doc="decay β₂ of the squares; smooth"),
+        **betas(),
+        eps=EPS,
         rank=Int(1, 32, log=True, default=8, doc="columns r"),
         refresh=Int(1, 500, log=True, default=1, doc="steps T between two choices"),
         norm=Choice(1, 2, default=1, doc="norm that ranks the columns"),
         error_feedback=Switch(default=True, doc="return what is projected out to the next step"),
         transport=Choice("move", "keep", "reset", default="move", doc="moments at a choice"),
         basis=Choice("dct", "random", default="dct", doc="fixed DCT, or redrawn random directions"),
-    ).own(lr="sampler", beta1="sampler", beta2="sampler")
+    ).own(lr="sampler", beta1="sampler", beta2="sampler", eps="sampler")
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam along the chosen columns."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), eps=1e-6),
+            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
             Basis(c["rank"], c["basis"], c["norm"], self.setting.seed),
             tuple(self.parts.values()),
             refresh=c["refresh"],

@@ -4,8 +4,8 @@
 
 Everything is trained; hidden weights are projected, the rest gets full Adam.  The subspace: whole
 tensors ("block", the paper's main setting), random rows, columns or entries, or orthonormal
-directions ("svd", "random").  At a refresh moments are reset by default.  With density 1 and no
-refresh it is Adam; with density 0 sign descent; without remainder and with "svd", GaLore.
+directions ("svd", "dct", "random").  At a refresh moments are reset by default.  With density 1 and
+no refresh it is Adam; with density 0 sign descent; without remainder and with "svd", GaLore.
 
 Source: Zmushko et al., FRUGAL, ICML 2025, arXiv 2411.07837, algorithm 1.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, learning_rate
+from adapters.finetune import DECAY, EPS, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Blocks, Projector, Slices, Split
 from bilevel.domains import Choice, Float, Grad, Int
@@ -34,11 +34,11 @@ def frugal_projector(kind: str, density: float, seed: int = 0) -> Projector:
         return Blocks(density, seed=seed)
     if kind in ("rows", "columns", "entries"):
         return Slices(density, kind, seed)  # type: ignore[arg-type]
-    if kind in ("svd", "random"):
+    if kind in ("svd", "dct", "random"):
         return Basis(float(density), kind, seed=seed)  # type: ignore[arg-type]
     raise ValueError(
-        "projector must be 'block', 'rows', 'columns', 'entries', 'svd' or 'random', but got "
-        f"{kind!r}."
+        "projector must be 'block', 'rows', 'columns', 'entries', 'svd', 'dct' or 'random', but "
+        f"got {kind!r}."
     )
 
 
@@ -51,20 +51,37 @@ class FRUGAL(SplitTune):
         weight_decay=DECAY,
         free_scale=Grad(0.1, low=0.01, high=2.0, scale="log", doc="factor κ_f of the rest; smooth"),
         projected_scale=Grad(1.0, low=0.1, high=10.0, scale="log", doc="factor κ_p; smooth"),
+        **betas(),
+        eps=EPS,
         density=Float(0.05, 1.0, default=0.25, doc="share ρ of the subspace"),
         refresh=Int(1, 1000, log=True, default=50, doc="steps T between two subspaces"),
         projector=Choice(
-            "block", "columns", "rows", "entries", "svd", "random", default="block", doc="subspace"
+            "block",
+            "columns",
+            "rows",
+            "entries",
+            "svd",
+            "dct",
+            "random",
+            default="block",
+            doc="subspace",
         ),
         remainder=Choice("sign", "sgd", "none", default="sign", doc="rule of the rest"),
         transport=Choice("reset", "move", default="reset", doc="moments at a refresh"),
-    ).own(lr="sampler", free_scale="sampler", projected_scale="sampler")
+    ).own(
+        lr="sampler",
+        free_scale="sampler",
+        projected_scale="sampler",
+        beta1="sampler",
+        beta2="sampler",
+        eps="sampler",
+    )
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam in the subspace, and the rule of the rest."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), eps=1e-6),
+            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
             frugal_projector(c["projector"], c["density"], self.setting.seed),
             tuple(self.parts.values()),
             c["remainder"],

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, learning_rate
+from adapters.finetune import DECAY, EPS, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
 from bilevel.domains import Choice, Grad, Int
@@ -31,16 +31,24 @@ class GaLore(SplitTune):
         lr=learning_rate(3e-3),
         weight_decay=DECAY,
         scale=Grad(1.0, low=0.05, high=8.0, scale="log", doc="factor s of projected steps; smooth"),
+        **betas(),
+        eps=EPS,
         rank=Int(1, 32, log=True, default=8, doc="directions r"),
         refresh=Int(1, 1000, log=True, default=50, doc="steps T between two bases"),
         transport=Choice("keep", "move", "reset", default="keep", doc="moments at a refresh"),
-    ).own(lr="sampler", scale="sampler")
+    ).own(
+        lr="sampler",
+        scale="sampler",
+        beta1="sampler",
+        beta2="sampler",
+        eps="sampler",
+    )
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam in the top singular directions."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), eps=1e-6),
+            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
             Basis(c["rank"], "svd"),
             tuple(self.parts.values()),
             refresh=c["refresh"],

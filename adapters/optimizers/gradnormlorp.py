@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adapters.finetune import DECAY, head_of, learning_rate
+from adapters.finetune import DECAY, EPS, betas, head_of, learning_rate
 from adapters.reparam import adaptable
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
@@ -57,10 +57,20 @@ class GradNormLoRP(SplitTune):
         magnitude=Grad(
             1.0, low=0.1, high=10.0, scale="log", doc="factor κ_g of steps of g; smooth"
         ),
+        **betas(),
+        eps=EPS,
         rank=Int(1, 32, log=True, default=8, doc="directions r"),
         refresh=Int(1, 1000, log=True, default=50, doc="steps T between two bases"),
+        side=Choice("smaller", "larger", "left", "right", default="smaller", doc="side of P"),
         transport=Choice("keep", "move", "reset", default="keep", doc="moments at a refresh"),
-    ).own(lr="sampler", scale="sampler", magnitude="sampler")
+    ).own(
+        lr="sampler",
+        scale="sampler",
+        magnitude="sampler",
+        beta1="sampler",
+        beta2="sampler",
+        eps="sampler",
+    )
 
     def attach(self, model: nn.Module) -> None:
         """Normalize the hidden weights.
@@ -99,8 +109,8 @@ class GradNormLoRP(SplitTune):
         """Adam in the top singular directions of ∂v."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), eps=1e-6),
-            Basis(c["rank"], "svd"),
+            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
+            Basis(c["rank"], "svd", side=c["side"]),
             tuple(self.parts.values()),
             refresh=c["refresh"],
             transport=c["transport"],

@@ -3,11 +3,11 @@
     W_r = best rank-r approximation of W;  support: the k = min((m + n) R, m n) largest |W_r|
     Adam on the support; every T steps a new support from the current W, moments carried along
 
-Trained: k entries of each hidden weight and the last layer; frozen: everything else.  Entries that
-leave the support keep their value.  Moments of entries that enter start at zero, with a step count
-of their own, so that their first step is a first step; published code carries the old count, which
-makes it up to 3.2 η.  The released configurations select the smallest entries; the paper, and the
-default here, the largest.
+Trained: k entries of each hidden weight and, with "head", the last layer; frozen: everything else.
+Entries that leave the support keep their value.  Moments of entries that enter start at zero, with
+a step count of their own, so that their first step is a first step; published code carries the old
+count, which makes it up to 3.2 η.  The released configurations select the smallest entries; the
+paper, and the default here, the largest.
 
 Source: Liu et al., LIFT the veil for the truth, ICML 2025, arXiv 2506.00772, section 3.
 """
@@ -18,11 +18,11 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from adapters.finetune import DECAY, learning_rate
+from adapters.finetune import DECAY, EPS, betas, learning_rate
 from adapters.select import low_rank
-from adapters.sparse.method import SparseTune
+from adapters.sparse.method import HEAD, SparseTune
 from adapters.split import Coordinates, Split
-from bilevel.domains import Choice, Grad, Int
+from bilevel.domains import Choice, Int
 from bilevel.space import Space
 from hypergrad.optimizers import Adam, Value
 
@@ -56,20 +56,21 @@ class LIFT(SparseTune):
     space = Space(
         lr=learning_rate(5e-3),
         weight_decay=DECAY,
-        beta1=Grad(0.9, low=0.0, high=0.999, doc="decay β₁ of the mean; smooth"),
-        beta2=Grad(0.95, low=0.5, high=0.9999, doc="decay β₂ of the squares; smooth"),
+        **betas(0.95),
+        eps=EPS,
         budget_rank=Int(1, 256, log=True, default=4, doc="R: as many entries as LoRA of rank R"),
         filter_rank=Int(1, 256, log=True, default=8, doc="rank r of the approximation"),
         refresh=Int(1, 5000, log=True, default=100, doc="steps T between two supports"),
+        head=HEAD,
         direction=Choice("largest", "smallest", default="largest", doc="which entries are trained"),
-    ).own(lr="sampler", beta1="sampler", beta2="sampler")
+    ).own(lr="sampler", beta1="sampler", beta2="sampler", eps="sampler")
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam on the support."""
         c = self.setting.constants
         largest = c["direction"] == "largest"
         return Split(
-            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), eps=1e-6),
+            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
             lift_projector(c["filter_rank"], c["budget_rank"], largest=largest),
             tuple(self.parts.values()),
             refresh=c["refresh"],

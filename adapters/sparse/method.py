@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from adapters.finetune import FineTune, head_of
 from adapters.reparam import adaptable
 from adapters.split import Part, Split
+from bilevel.domains import Switch
 from hypergrad.optimizers import Optimizer, Value
 
-__all__ = ["SparseTune", "SplitTune"]
+__all__ = ["HEAD", "SparseTune", "SplitTune"]
+
+HEAD = Switch(default=True, doc="whether the last layer is trained, in full")
 
 
 class SplitTune(FineTune):
@@ -45,16 +48,18 @@ class SplitTune(FineTune):
 
 
 class SparseTune(SplitTune):
-    """Sparse fine-tuning: chosen entries of hidden weights and the last layer; biases are frozen.
+    """Sparse fine-tuning: chosen entries of hidden weights move, biases are frozen.
 
-    The weight decay acts on what moves, as the gradient of the penalty is projected, too.
+    The last layer is trained in full where the space's "head" is on, as a new one must be; LIFT's
+    recipes freeze it.  The weight decay acts on what moves, as the penalty's gradient is projected.
     """
 
     def attach(self, model: nn.Module) -> None:
-        """Freeze everything but the hidden weights and the last layer."""
+        """Freeze everything but the hidden weights and, with "head", the last layer."""
         kept, head = self.split_names(model), f"{head_of(model)}."
+        whole = bool(self.setting.constants["head"])
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in kept or name.startswith(head))
+            parameter.requires_grad_(name in kept or (whole and name.startswith(head)))
         super().attach(model)
 
     def split_weights(self, model: nn.Module) -> dict[str, Tensor]:

@@ -3,11 +3,11 @@
     unit j of hidden layer l ties row j of W_l ("up") to column j of W_{l+1} ("down")
     trained: the rows of round(u N) units, the columns of round(d N) units, N all hidden units
 
-Trained: these slices and the last layer; frozen: everything else.  A unit of the last hidden layer
-has its column in the last layer, which is trained anyway.  Permuting units would make the slices
-contiguous, as the published kernels do; the coordinates here give the same numbers and no saving
-of activations.  Counts are drawn over the whole network ("global"), so a layer may get none, or
-evenly.
+Trained: these slices and, with "head", the last layer; frozen: the rest.  A unit of the last hidden
+layer has its column in the last layer, which is trained whole or not at all.  Permuting units would
+make the slices contiguous, as the published kernels do; the coordinates here give the same numbers
+and no saving of activations.  Counts are drawn over the whole network ("global"), so a layer may
+get none, or evenly.
 
 Selection: "random", or the largest (+) or smallest (−) mean |weight| (W), |activation| (A), their
 product (S) or |gradient| (G) on the training samples.
@@ -27,7 +27,7 @@ from adapters.finetune import DECAY, head_of, learning_rate
 from adapters.reparam import adaptable
 from adapters.reparam.calibrate import collect
 from adapters.select import top_k_global
-from adapters.sparse.method import SparseTune
+from adapters.sparse.method import HEAD, SparseTune
 from adapters.split import Fixed, Split
 from bilevel.domains import Choice, Float
 from bilevel.space import Space
@@ -48,6 +48,7 @@ class S2FT(SparseTune):
         up=Float(0.0, 0.5, default=0.05, doc="share u of units whose rows are trained"),
         down=Float(0.0, 0.5, default=0.05, doc="share d of units whose columns are trained"),
         selection=Choice(*SELECTIONS, default="random", doc="which units"),
+        head=HEAD,
         allocation=Choice("global", "equal", default="global", doc="how layers share the units"),
     ).own(lr="sampler")
 

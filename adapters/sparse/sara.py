@@ -3,12 +3,12 @@
     M = 1[|W₀| < θ],   loss + λ ‖W ⊙ M‖_*,   Adam on the entries of M
     at step T_p:  M ← M ∧ 1[|W| < θ], and the optimizer starts anew
 
-Trained: entries of the hidden weights below θ, and the last layer; frozen: everything else.  θ is
-absolute ("threshold"), or the quantile that takes the given share of each tensor ("share").  The
-penalty is on matrices whose smaller side exceeds min_dim, by default on one of them a step, drawn
-uniformly.  It is differentiated through the SVD: U Vᵀ of a detached matrix makes the hypergradient
-of λ 14 % wrong.  Published code writes |W| into the model for one forward, and in its main
-optimizer never applies the penalty.
+Trained: entries of the hidden weights below θ and, with "head", the last layer; frozen: the rest.
+θ is absolute ("threshold"), or the quantile that takes the given share of each tensor ("share").
+The penalty is on matrices whose smaller side exceeds min_dim, by default on one of them a step,
+drawn uniformly.  It is differentiated through the SVD: U Vᵀ of a detached matrix makes the
+hypergradient of λ 14 % wrong.  Published code writes |W| into the model for one forward, and in its
+main optimizer never applies the penalty.
 
 Source: Hu et al., SaRA, ICLR 2025, arXiv 2409.06633, sections 3.2 to 3.4.
 """
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from adapters.finetune import DECAY, learning_rate
 from adapters.method import State
-from adapters.sparse.method import SparseTune
+from adapters.sparse.method import HEAD, SparseTune
 from adapters.split import Coordinates, Split
 from bilevel.domains import Choice, Float, Grad, Int
 from bilevel.space import Space
@@ -67,11 +67,16 @@ class SaRA(SparseTune):
         share=Float(0.01, 0.5, log=True, default=0.1, doc="of each tensor", when={"mode": "share"}),
         reselect=Int(1, 100_000, log=True, default=200, doc="step T_p of the second selection"),
         min_dim=Int(1, 1024, log=True, default=64, doc="smaller side above which λ acts"),
+        head=HEAD,
         sampling=Choice("one", "all", default="one", doc="matrices under the penalty in a step"),
     ).own(lr="sampler")
 
     def attach(self, model: nn.Module) -> None:
-        """Choose the first entries."""
+        """Choose the first entries.
+
+        Raises:
+            ValueError: no hidden weight is below the threshold, and the last layer is frozen, too.
+        """
         super().attach(model)
         flat = torch.cat(
             [dict(model.named_parameters())[n].detach().reshape(-1) for n in self.parts]

@@ -16,11 +16,12 @@ from adapters.split.layout import Part, Projector, Support, generator, offsets
 __all__ = ["Basis", "dct_matrix"]
 
 Kind = Literal["svd", "dct", "random"]
+Side = Literal["smaller", "larger", "left", "right"]
 
 
 @dataclass(frozen=True)
 class Basis(Projector):
-    """r directions on the smaller side of each split matrix: G Q (m × r), or Qᵀ G where m < n.
+    """r directions on one side of each split matrix: G Q (m × r) right, or Qᵀ G (r × n) left.
 
     Attributes:
         rank: r of each split tensor; a function of the matrix shape, or one number.
@@ -28,14 +29,21 @@ class Basis(Projector):
             one fixed DCT-II matrix along which it is largest (DCT-AdamW); "random" orthonormal.
         norm: of the columns of "dct": 1, or 2, which gives the best r columns of the matrix.
         seed: of "random".
+        side: on which r directions are chosen: "smaller", which is right where m ≥ n (GaLore),
+            "larger", "left" or "right".
     """
 
     rank: int | float
     kind: Kind = "svd"
     norm: int = 1
     seed: int = 0
+    side: Side = "smaller"
 
     def __post_init__(self) -> None:
+        if self.side not in ("smaller", "larger", "left", "right"):
+            raise ValueError(
+                f"side must be 'smaller', 'larger', 'left' or 'right', but got {self.side!r}."
+            )
         if self.kind not in ("svd", "dct", "random"):
             raise ValueError(f"kind must be 'svd', 'dct' or 'random', but got {self.kind!r}.")
         if self.norm not in (1, 2):
@@ -46,7 +54,7 @@ class Basis(Projector):
             raise ValueError(f"rank must be at least 1, but got {self.rank}.")
 
     def ranks(self, part: Part) -> int:
-        """Return r of a part.
+        """Return r of a part: `rank`, or that share of its smaller side.
 
         Raises:
             ValueError: it exceeds the smaller side.
@@ -57,6 +65,12 @@ class Basis(Projector):
             raise ValueError(f"rank must be at most {side} for shape {part.shape}, but got {r}.")
         return r
 
+    def check(self, parts: Sequence[Part]) -> None:
+        super().check(parts)
+        for part in parts:
+            if part.split:
+                self.ranks(part)
+
     def fit(
         self, parts: Sequence[Part], g: Tensor, w: Tensor, count: int, before: Support | None
     ) -> Support:
@@ -65,7 +79,7 @@ class Basis(Projector):
         for i, (start, part) in enumerate(offsets(parts)):
             if not part.split:
                 continue
-            r, matrix = self.ranks(part), _tall(g[start : start + part.size], part)
+            r, matrix = self.ranks(part), self._turned(g[start : start + part.size], part)
             if self.kind == "dct":
                 scores = matrix.detach() @ dct_matrix(matrix.shape[1]).to(matrix)
                 sizes = scores.abs().sum(dim=0) if self.norm == 1 else scores.square().sum(dim=0)
@@ -87,7 +101,7 @@ class Basis(Projector):
             piece = g[start : start + part.size]
             if part.split:
                 q = self._vectors(support[f"{i}"], part, g)
-                piece = (_tall(piece, part) @ q).reshape(-1)
+                piece = (self._turned(piece, part) @ q).reshape(-1)
             pieces.append(piece)
         return torch.cat(pieces)
 
@@ -99,16 +113,20 @@ class Basis(Projector):
                 start += part.size
                 continue
             q = self._vectors(support[f"{i}"], part, a)
-            long, r = max(part.matrix), q.shape[1]
-            whole = a[start : start + long * r].view(long, r) @ q.T
-            pieces.append((whole if part.matrix[0] >= part.matrix[1] else whole.T).reshape(-1))
-            start += long * r
+            rows, r = part.size // len(q), q.shape[1]
+            whole = a[start : start + rows * r].view(rows, r) @ q.T
+            pieces.append((whole if self._right(part) else whole.T).reshape(-1))
+            start += rows * r
         return torch.cat(pieces)
 
     def move(
         self, parts: Sequence[Part], before: Support, after: Support, a: Tensor, square: bool
     ) -> Tensor:
-        """m → m R, and |v R| for squares, R = Q_beforeᵀ Q_after; for "dct" R only moves columns."""
+        """m → m R, and v → v (R ⊙ R) for squares and counts, R = Q_beforeᵀ Q_after.
+
+        (m R)² has the mean v (R ⊙ R) where coordinates do not correlate.  It is not negative, and a
+        rotation within one subspace keeps a count.  For "dct" R only moves columns, and R ⊙ R = R.
+        """
         pieces, start = [], 0
         for i, part in enumerate(parts):
             if not part.split:
@@ -121,20 +139,26 @@ class Basis(Projector):
                 rotation = (before[f"{i}"][:, None] == after[f"{i}"][None]).to(a)
             else:
                 rotation = old.T @ new
-            long, r = max(part.matrix), old.shape[1]
-            moved = a[start : start + long * r].view(long, r) @ rotation
-            pieces.append((moved.abs() if square else moved).reshape(-1))
-            start += long * r
+            rows, r = part.size // len(old), old.shape[1]
+            rotation = rotation.square() if square else rotation
+            pieces.append((a[start : start + rows * r].view(rows, r) @ rotation).reshape(-1))
+            start += rows * r
         return torch.cat(pieces)
 
+    def _right(self, part: Part) -> bool:
+        """Whether the directions are those of the columns."""
+        m, n = part.matrix
+        return {"smaller": m >= n, "larger": m < n, "left": False, "right": True}[self.side]
+
+    def _turned(self, piece: Tensor, part: Part) -> Tensor:
+        """Return a part as a matrix whose rows are projected."""
+        matrix = piece.view(part.matrix)
+        return matrix if self._right(part) else matrix.T
+
     def _vectors(self, kept: Tensor, part: Part, like: Tensor) -> Tensor:
-        return dct_matrix(min(part.matrix)).to(like)[:, kept] if self.kind == "dct" else kept
-
-
-def _tall(piece: Tensor, part: Part) -> Tensor:
-    """Return a part as a matrix with at least as many rows as columns."""
-    matrix = piece.view(part.matrix)
-    return matrix if part.matrix[0] >= part.matrix[1] else matrix.T
+        if self.kind != "dct":
+            return kept
+        return dct_matrix(part.matrix[int(self._right(part))]).to(like)[:, kept]
 
 
 @lru_cache(maxsize=64)

@@ -112,6 +112,15 @@ class Fixed(_Entries):
 
     masks: Sequence[Tensor]
 
+    def check(self, parts: Sequence[Part]) -> None:
+        super().check(parts)
+        split = [part.size for part in parts if part.split]
+        given = [mask.numel() for mask in self.masks]
+        if given != split:
+            raise ValueError(
+                f"masks must have as many entries as the split tensors, {split}, but got {given}."
+            )
+
     def _choose(
         self, parts: Sequence[Part], w: Tensor, old: Tensor, count: int
     ) -> list[Tensor | None]:
@@ -124,7 +133,7 @@ class Slices(_Entries):
     """Random rows, columns or entries of each split tensor.
 
     Attributes:
-        density: share in (0, 1], at least one of each tensor.
+        density: share in [0, 1], rounded down in each tensor.
         dim: "rows", "columns" or "entries".
         seed: of the draws.
     """
@@ -164,7 +173,7 @@ class Blocks(_Entries):
     """Whole tensors: round(density · number) of the split ones, in turn or at random.
 
     Attributes:
-        density: share of the split tensors in [0, 1].
+        density: share of the split tensors in [0, 1]; above 0 it is at least one tensor.
         order: "random", "ascending" or "descending".
         seed: of the draws.
     """
@@ -185,7 +194,7 @@ class Blocks(_Entries):
         self, parts: Sequence[Part], w: Tensor, old: Tensor, count: int
     ) -> list[Tensor | None]:
         total = sum(part.split for part in parts)
-        active = round(self.density * total)
+        active = max(round(self.density * total), int(self.density > 0))
         if self.order == "random":
             order = torch.randperm(total, generator=generator(self.seed, count)).tolist()
         else:

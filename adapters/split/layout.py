@@ -55,6 +55,15 @@ class Projector(ABC):
     ``up(down(g)) + rest = g`` with a rest that is orthogonal to the subspace.
     """
 
+    def check(self, parts: Sequence[Part]) -> None:
+        """Check that the settings fit the parts, before any gradient is known.
+
+        Raises:
+            ValueError: they do not, or no part is split.
+        """
+        if not any(part.split for part in parts):
+            raise ValueError("parts: no trained tensor is split.")
+
     @abstractmethod
     def fit(
         self, parts: Sequence[Part], g: Tensor, w: Tensor, count: int, before: Support | None
@@ -69,7 +78,7 @@ class Projector(ABC):
             before: the subspace so far; None at first.
 
         Raises:
-            ValueError: settings that do not fit the parts.
+            ValueError: no subspace at all.
         """
 
     @abstractmethod

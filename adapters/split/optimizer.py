@@ -50,7 +50,7 @@ class Split(Optimizer):
         refreshes: most refreshes; None for no limit.
 
     Raises:
-        ValueError: contradictory settings.
+        ValueError: contradictory settings, or a projector that does not fit the parts.
     """
 
     base: Optimizer
@@ -92,8 +92,7 @@ class Split(Optimizer):
             raise ValueError("base must have weight_decay=0; give it to Split.")
         if "lr" not in self.base.hyperparameters:
             raise ValueError(f"base must have a learning rate, but got {self.base}.")
-        if not any(part.split for part in self.parts):
-            raise ValueError("parts: no trained tensor is split.")
+        self.projector.check(self.parts)
 
     @property
     def hyperparameters(self) -> dict[str, Value]:

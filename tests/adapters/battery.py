@@ -89,7 +89,7 @@ LEARNERS: dict[str, Subject] = {
     "dct_adamw": _adapter("dct_adamw"),
     "eva": _adapter("eva", headroom=2.0),
     "finetune": _adapter("finetune"),
-    "frugal": _adapter("frugal", density=0.5, refresh=2),
+    "frugal": _adapter("frugal", projector="columns", density=0.5, refresh=2),
     "galore": _adapter("galore", refresh=3),
     "gradnormlorp": _adapter("gradnormlorp", refresh=3),
     "hut": _adapter("hut"),

@@ -91,8 +91,48 @@ def test_gradnormlorp_merges_to_a_plain_network() -> None:
     assert float(loss.detach()) == pytest.approx(made.evaluate("val")["loss"], rel=1e-9)
 
 
+def test_frugal_keeps_a_state_of_some_tensor_at_its_default_density() -> None:
+    """round(0.25 · 2) = 0 of two hidden layers."""
+    made, _ = trained("frugal", 1)
+    layers = {n: p.numel() for n, p in made.params.items()}
+    split = [layers["layers.0.weight"], layers["layers.1.weight"]]
+    state = made.state_dict()["optimizer"]["support/index"]
+    assert len(state) - (sum(layers.values()) - sum(split)) in split
+
+
+@pytest.mark.parametrize("name", ["galore", "gradnormlorp", "dct_adamw"])
+def test_a_rank_above_the_smaller_side_raises_in_setup(name: str) -> None:
+    made = registry.get(name)()
+    with pytest.raises(ValueError, match="rank must be at most 16"):
+        made.setup(TASK, {"rank": 17}, seed=0)
+
+
+@pytest.mark.slow
+def test_what_is_projected_out_is_worth_a_step() -> None:
+    """FRUGAL's remainder and DCT-AdamW's feedback lower the training loss, for every projector."""
+    deep = {s: tasks.get("digits_rotated", seed=s, hidden=(64, 64, 64, 64)) for s in range(3)}
+
+    def loss(name: str, **values: Any) -> float:
+        total = 0.0
+        for seed, task in deep.items():
+            made = registry.get(name)()
+            assert isinstance(made, Trainer)
+            made.setup(task, {"lr": 3e-3, **values}, seed=seed)
+            for _ in range(75):
+                made.step()
+            total += made.evaluate("train")["loss"] / len(deep)
+        return total
+
+    for projector in ("block", "columns", "svd", "dct"):
+        shared = {"projector": projector, "refresh": 25, "free_scale": 1.0}
+        full = loss("frugal", remainder="sign", **shared)
+        assert full < loss("frugal", remainder="none", **shared) - 0.2, projector
+    with_feedback = loss("dct_adamw", rank=8, lr=1e-2)
+    assert with_feedback < loss("dct_adamw", rank=8, lr=1e-2, error_feedback=False) - 0.1
+
+
 def test_bad_projectors() -> None:
     with pytest.raises(ValueError, match="projector must be 'block'"):
-        frugal_projector("dct", 0.5)
+        frugal_projector("fft", 0.5)
     with pytest.raises(ValueError, match=r"density must lie in \[0, 1\], but got 2"):
         frugal_projector("columns", 2.0)

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from adapters import Trainer, registry, tasks
+from adapters import Trainer, artifacts, registry, tasks
 from adapters.allocate import (
     erk,
     global_threshold,
@@ -22,7 +22,7 @@ from adapters.allocate import (
     rate_distortion,
     uniform,
 )
-from adapters.pruning.rate_distortion import distortion_curves, kept_after, mask, masks
+from adapters.pruning.rate_distortion import distortion_curves, kept_after, mask, masks, prune
 from adapters.reparam import adaptable
 
 
@@ -136,6 +136,48 @@ def test_rounds_reach_the_target_and_masks_only_shrink(allocator: str) -> None:
         assert not adaptable(model)[name].weight[layer.mask == 0].any()
 
 
+@pytest.mark.slow
+def test_ratios_by_distortion_beat_uniform_and_global_ones() -> None:
+    """Accuracy of a pruned network, not trained again: rate-distortion ≈ LAMP > global > uniform.
+
+    At 80 and 90 %, over four networks; at 95 % all are too bad to compare.
+    """
+    accuracy: dict[tuple[float, str], float] = {}
+    ratios = [0.98 * i / 50 for i in range(51)]
+    for seed in range(4):
+        task = tasks.get("digits_rotated", seed=seed)
+        net = artifacts.resolve(["source_net"], task, seed)["source_net"]
+        assert isinstance(net, nn.Module)
+        data, calibration = task.split("source_test"), task.split("source")["x"][:256]
+        weights = {n: p.weight.detach().clone() for n, p in adaptable(net).items()}
+        sizes = {n: w.numel() for n, w in weights.items()}
+        layers = mask(net, weights)
+        curves = distortion_curves(net, calibration, ratios, "worst")
+        kept = {n: [kept_after(size, r) for r in ratios] for n, size in sizes.items()}
+        for sparsity in (0.8, 0.9):
+            budget = int((1 - sparsity) * sum(sizes.values()))
+            points = rate_distortion(curves, kept, budget)
+            found = {
+                "rate_distortion": {n: kept[n][d] for n, d in points.items()},
+                "lamp": lamp(weights, budget),
+                "global": global_threshold({n: w.abs() for n, w in weights.items()}, budget),
+                "uniform": uniform(sizes, budget),
+            }
+            for name, counts in found.items():
+                for layer, value in prune(weights, counts).items():
+                    layers[layer].mask.copy_(value)
+                with torch.no_grad():
+                    hits = net(data["x"]).argmax(1) == data["y"]
+                key = (sparsity, name)
+                accuracy[key] = accuracy.get(key, 0.0) + float(hits.double().mean()) / 4
+            for layer in layers.values():
+                layer.mask.fill_(1.0)
+    for sparsity in (0.8, 0.9):
+        best = accuracy[sparsity, "rate_distortion"]
+        assert abs(best - accuracy[sparsity, "lamp"]) < 0.04
+        assert best > accuracy[sparsity, "global"] > accuracy[sparsity, "uniform"]
+
+
 CURVE = {"a": [0.0, 1.0]}
 
 
@@ -144,7 +186,9 @@ CURVE = {"a": [0.0, 1.0]}
     [
         (lambda: rate_distortion(CURVE, {"b": [1, 0]}, 1), "curves are for"),
         (lambda: rate_distortion(CURVE, {"a": [1]}, 1), "2 distortions for 1"),
-        (lambda: rate_distortion({"a": [math.nan]}, {"a": [1]}, 1), "a: a distortion is NaN"),
+        (lambda: rate_distortion({"a": [math.nan]}, {"a": [1]}, 1), "a: distortions must be fin"),
+        # Once chosen as point 0, whatever it costs.
+        (lambda: rate_distortion({"a": [0.0, math.inf]}, {"a": [5, 0]}, 2), "must be finite"),
         (lambda: rate_distortion(CURVE, {"a": [5, 3]}, 2), "budget 2 is below"),
         (lambda: rate_distortion(CURVE, {"a": [5, 3]}, 9, unit=0), "unit must be at least 1"),
         (lambda: proportional({"a": 1.0}, {"a": 3}, 4), "budget must lie in 0 ... 3, but got 4"),

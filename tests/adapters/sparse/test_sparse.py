@@ -17,6 +17,7 @@ from adapters.split import Part
 from hypergrad import Unrolled, check_hypergradient
 
 D = torch.float64
+SMALLEST = tasks.get("digits_transfer", hidden=(2,), activation="tanh")
 TASK = tasks.get("digits_transfer", hidden=(32, 16), activation="tanh")
 
 
@@ -158,6 +159,55 @@ def test_s2ft_trains_whole_rows_and_columns_of_as_many_units_as_asked(selection:
     assert [int(m.all(dim=1).sum()) for m in masks] == [4, 2]
 
 
+@pytest.mark.slow
+def test_what_supports_learn_and_keep_at_five_percent() -> None:
+    """Of two hidden layers, nothing else: full > LIFT > units > LIFT's smallest > smallest |W|.
+
+    Whole units keep most of the source, and LIFT more than dense training.  LIFT and the largest
+    |W| are equal at this size.
+    """
+    target, source = {}, {}
+    arms: dict[str, tuple[str, dict[str, Any]]] = {
+        "full": ("finetune", {}),
+        "LIFT": ("lift", {"budget_rank": 5}),
+        "units": ("s2ft", {"up": 0.028, "down": 0.028}),
+        "smallest of LIFT": ("lift", {"budget_rank": 5, "direction": "smallest"}),
+        "smallest": ("sara", {"share": 0.05, "min_dim": 1024, "reselect": 1000}),
+    }
+    for arm, (name, values) in arms.items():
+        sums = [0.0, 0.0]
+        for seed in range(3):
+            task = tasks.get("digits_rotated", seed=seed)
+            frozen = {} if arm == "full" else {"head": False}
+            made = registry.get(name)()
+            assert isinstance(made, Trainer)
+            made.setup(task, {"lr": 5e-3, **values, **frozen}, seed=seed)
+            for _ in range(150):
+                made.step()
+            data = task.split("source_test")
+            with torch.no_grad():
+                hits = made.module()(data["x"]).argmax(1) == data["y"]
+            sums[0] += made.evaluate("test")["accuracy"] / 3
+            sums[1] += float(hits.double().mean()) / 3
+        target[arm], source[arm] = sums
+    assert sorted(arms, key=lambda arm: -target[arm]) == list(arms), target
+    assert source["units"] > source["LIFT"] + 0.2 > source["full"] + 0.3, source
+
+
+@pytest.mark.parametrize("name", ["lift", "sara", "s2ft"])
+def test_a_frozen_head_leaves_the_entries_alone_to_move(name: str) -> None:
+    """And all start at the pretrained network: published SaRA writes |W| into its first forward."""
+    task = tasks.get("digits_rotated", hidden=(32, 16), activation="tanh")
+    made = learner(name, task, head=False)
+    start = learner("finetune", task)
+    assert dict(made.evaluate("val")) == dict(start.evaluate("val"))
+    before = {n: p.clone() for n, p in start.module().named_parameters()}
+    for _ in range(3):
+        made.step()
+    moved = {n: (p != before[n]).any() for n, p in made.module().named_parameters()}
+    assert {n for n, there in moved.items() if there} == {"layers.0.weight", "layers.1.weight"}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -167,6 +217,10 @@ def test_s2ft_trains_whole_rows_and_columns_of_as_many_units_as_asked(selection:
         (lambda: sara_projector(share=1.5), "share must lie in"),
         (lambda: lift_projector(0, 1), "ranks must be at least 1"),
         (lambda: lift_projector(1, 0), "ranks must be at least 1"),
+        (
+            lambda: learner("sara", SMALLEST, mode="threshold", threshold=1e-4, head=False),
+            "chooses no entry at all",
+        ),
         (lambda: learner("s2ft", up=0.0, down=0.0), "up and down choose no unit"),
         (lambda: learner("sara", mode="share", threshold=0.1), "threshold"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from adapters.split import (
     SplitOptimizer,
     dct_matrix,
 )
+from hypergrad import Hyper, Problem, Unrolled, check_hypergradient
 from hypergrad.optimizers import SGD, Adam
 
 D = torch.float64
@@ -42,6 +44,8 @@ PROJECTORS: dict[str, Projector] = {
     "svd": Basis(2),
     "dct": Basis(2, "dct"),
     "random": Basis(0.5, "random"),
+    "larger side": Basis(2, side="larger"),
+    "left DCT": Basis(2, "dct", side="left"),
 }
 
 
@@ -234,6 +238,39 @@ def test_moments_of_dct_columns_follow_their_column() -> None:
     assert not moved[:, 1].any()
 
 
+def test_a_rotation_within_a_subspace_keeps_counts_of_steps() -> None:
+    """|t R| would make counts of 7 steps 9.9 and 0 here, and a late entry's step a first one."""
+    parts, basis = (Part((5, 4)),), Basis(2)
+    q = torch.linalg.qr(vector(7)[:16].view(4, 4)).Q
+    turn = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=D) / 2**0.5
+    before, after = {"0": q[:, :2]}, {"0": q[:, :2] @ turn}
+    counts = torch.full((10,), 7.0, dtype=D)
+    assert torch.allclose(basis.move(parts, before, after, counts, square=True), counts)
+    moments = vector(8)[:10]
+    there = basis.move(parts, before, after, moments, square=False)
+    assert torch.allclose(basis.up(parts, after, there), basis.up(parts, before, moments))
+    outside = {"0": torch.stack([q[:, 0], q[:, 3]], 1)}
+    entering = basis.move(parts, before, outside, counts, square=True).view(5, 2)
+    assert torch.allclose(entering, torch.tensor([7.0, 0.0], dtype=D).expand(5, 2), atol=1e-12)
+
+
+def test_the_side_decides_what_is_projected() -> None:
+    tall = (Part((6, 4)),)
+    g = vector(1)[:24]
+    u, _, vt = torch.linalg.svd(g.view(6, 4), full_matrices=False)
+    for side, expected, size in (
+        ("smaller", g.view(6, 4) @ vt[:2].T @ vt[:2], 12),
+        ("right", g.view(6, 4) @ vt[:2].T @ vt[:2], 12),
+        ("larger", u[:, :2] @ u[:, :2].T @ g.view(6, 4), 8),
+        ("left", u[:, :2] @ u[:, :2].T @ g.view(6, 4), 8),
+    ):
+        basis = Basis(2, side=side)  # type: ignore[arg-type]
+        a = basis.down(tall, basis.fit(tall, g, g, 0, None), g)
+        assert len(a) == size
+        support = basis.fit(tall, g, g, 0, None)
+        assert torch.allclose(basis.up(tall, support, a), expected.reshape(-1), atol=1e-12)
+
+
 def test_a_shrinking_support_is_a_subset() -> None:
     project = Coordinates(torch.abs, lambda w: int((w.abs() < 0.5).sum()), False, shrink=True)
     split = Split(Adam(0.3), project, PARTS, refresh=3, refreshes=1, transport="reset")
@@ -255,6 +292,8 @@ def test_blocks_take_turns() -> None:
     assert chosen == [list(range(8)), list(range(8, 16)), list(range(8))]
     back = Blocks(0.5, "descending").fit(parts, w, w, 0, None)["index"].tolist()
     assert back == list(range(8, 16))
+    few = Blocks(0.1, "ascending").fit(parts, w, w, 2, None)["index"].tolist()
+    assert few == list(range(8, 12)), "round(0.4) = 0 would leave no tensor with a state"
 
 
 @pytest.mark.parametrize("name", PROJECTORS)
@@ -293,6 +332,54 @@ def test_as_a_torch_optimizer(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, models[0].parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("entries", {"transport": "move", "remainder": "sgd"}),
+        ("largest", {"transport": "move", "decay_support": True}),
+        ("blocks", {"transport": "reset", "remainder": "sign"}),
+        ("dct", {"transport": "move", "error_feedback": True}),
+        ("dct", {"transport": "move", "remainder": "sign"}),
+        ("svd", {"transport": "keep", "error_feedback": True}),
+        ("svd", {"transport": "move", "remainder": "sgd"}),
+        ("larger side", {"transport": "move"}),
+        ("random", {"transport": "move", "remainder": "sgd"}),
+    ],
+)
+def test_hypergradients_pass_through_refreshes(name: str, options: dict[str, Any]) -> None:
+    """Against central differences over three subspaces; a detached SVD would be percents off."""
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(40, SIZE, generator=generator, dtype=D) / SIZE**0.5
+    goal = torch.randn(40, generator=generator, dtype=D)
+    a, b, c = vector(0).split_with_sizes([24, 5, 21])
+    params = {"a": a.view(6, 4), "b": b, "c": c.view(3, 7)}
+    params = {k: v.requires_grad_() for k, v in params.items()}
+
+    def loss(w: Any, h: Any, batch: Any) -> Tensor:
+        flat = torch.cat([w[k].reshape(-1) for k in "abc"])
+        return ((mix @ flat).sin() - batch).square().mean()
+
+    values = {"lr": 0.03, "beta2": 0.9, "decay": 0.1, "projected": 0.7, "free": 0.3}
+    hparams = {k: torch.tensor(v, dtype=D, requires_grad=True) for k, v in values.items()}
+    if options.get("remainder", "none") == "none":
+        hparams.pop("free")
+    split = Split(
+        Adam(Hyper("lr"), (0.9, Hyper("beta2")), eps=1e-6),
+        PROJECTORS[name],
+        PARTS,
+        refresh=2,
+        weight_decay=Hyper("decay"),
+        free_scale=Hyper("free") if "free" in hparams else 1.0,
+        projected_scale=Hyper("projected"),
+        **options,
+    )
+    report = check_hypergradient(
+        Unrolled(split, steps=6), Problem(loss, loss), params, hparams, goal, goal.roll(1), tol=1e-6
+    )
+    assert {row.name for row in report.rows} >= {f"hparams[{key!r}]" for key in hparams}
+    assert report.passed, str(report)
+
+
 def test_memory_of_the_state() -> None:
     """Adam in r columns: 2 r max(m, n) moments and r min(m, n) numbers of the basis."""
     model = nn.Linear(32, 64, bias=False)
@@ -324,7 +411,12 @@ def model() -> nn.Module:
         (lambda: Basis(1.5), r"rank as a share must lie in \(0, 1\], but got 1.5"),
         (lambda: Basis(2, "fft"), "kind must be"),  # type: ignore[arg-type]
         (lambda: Basis(2, norm=3), "norm must be 1 or 2, but got 3"),
-        (lambda: run(Split(Adam(0.1), Basis(5), PARTS), 1), "rank must be at most 4"),
+        (lambda: Split(Adam(0.1), Basis(5), PARTS), "rank must be at most 4"),
+        (lambda: Basis(2, side="top"), "side must be 'smaller'"),  # type: ignore[arg-type]
+        (
+            lambda: Split(Adam(0.1), Fixed([torch.ones(6, 4, dtype=torch.bool)]), PARTS),
+            r"masks must have as many entries as the split tensors, \[24, 21\], but got \[24\]",
+        ),
         (lambda: Slices(1.5), r"density must lie in \[0, 1\], but got 1.5"),
         (lambda: Blocks(0.5, "mirror"), "order must be"),  # type: ignore[arg-type]
         (
