@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from adapters.functional import copy_module
 from adapters.tasks import Task
 from bilevel.checks import did_you_mean
+from hypergrad import seeded
 
 __all__ = ["register", "resolve"]
 
@@ -53,7 +54,9 @@ def resolve(needs: Iterable[str], task: Task, seed: int) -> dict[str, Any]:
             raise ValueError(f"unknown artifact {name!r}; {did_you_mean(name, _makers)}")
         key = (name, task.fingerprint, seed)
         if key not in _made:
-            _made[key] = _frozen(_makers[name](task, seed))
+            # Whoever asks first, the maker sees the same default generators and leaves them alone.
+            with seeded(seed, [task.device]):
+                _made[key] = _frozen(_makers[name](task, seed))
         made = _made[key]
         found[name] = copy_module(made) if isinstance(made, nn.Module) else copy.deepcopy(made)
     return found

@@ -105,7 +105,7 @@ def attach(
             start = Start(name, weight, *given.get(name, (None, None)), generator)
             parts = chosen[name].start(start)
         made[name] = WeightMap(chosen[name], place.fold, parts).to(weight.device)
-    wanted = _matching("train", train, [name for name, _ in model.named_parameters()])
+    wanted = _trained(model, train, places)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in wanted)
     for name, place in places.items():
@@ -209,11 +209,31 @@ def _matching(
     return found
 
 
+def _trained(
+    model: nn.Module, train: str | Sequence[str], places: Mapping[str, Place]
+) -> Collection[str]:
+    """Return the names of the parameters that stay trained as they are."""
+    wanted = _matching("train", train, [name for name, _ in model.named_parameters()])
+    mapped = {id(place.weight) for place in places.values()}
+    both = [name for name, p in model.named_parameters() if name in wanted and id(p) in mapped]
+    if both:
+        raise ValueError(
+            f"train: {train!r} matches {', '.join(both)}, which a map keeps frozen; leave it out "
+            "of train or of targets."
+        )
+    return wanted
+
+
 def _check_places(model: nn.Module, places: Mapping[str, Place]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(parameter.data_ptr(), []).append(name)
     for name, place in places.items():
+        if parametrize.is_parametrized(place.module, place.tensor):
+            raise ValueError(
+                f"{name}: its {place.tensor} has a parametrization already, which merge could not "
+                "tell from the map; remove it first (torch.nn.utils.parametrize), or leave it out."
+            )
         if not place.weight.is_floating_point():
             raise TypeError(
                 f"{name}: a weight map needs a floating weight, but it is {place.weight.dtype}."

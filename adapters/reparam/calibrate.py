@@ -106,9 +106,24 @@ def _gradients(loss: Tensor | None, places: Mapping[str, Place]) -> dict[str, Te
 def _recorder(rows: list[Tensor]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(module, nn.MultiheadAttention):
+            x = _only_sequence(args, kwargs)
         rows.append(_as_rows(module, x.detach()))
 
     return record
+
+
+def _only_sequence(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return what self-attention reads; the input projection is applied to all three alike."""
+    names = ("query", "key", "value")
+    given = [*args[:3], *(kwargs[name] for name in names if name in kwargs)]
+    if any(each is not given[0] for each in given):
+        raise ValueError(
+            "inputs of attention from one sequence to another are not supported, as its input "
+            "projection reads both; choose a map that needs no inputs."
+        )
+    sequence: Tensor = given[0]
+    return sequence
 
 
 def _as_rows(module: nn.Module, x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ Trained: M_A ∈ R^{o×r}, M_B ∈ R^{r×i} and the last layer; frozen: W₀ and
 r (o + i) numbers a layer.  A weight of zero stays zero, so a pruned network keeps its mask.
 
 The paper's constant term is not public; both forms are readings of it, derived, not quoted.
-M_B is stored as an offset from its start σ N, so that the loss is differentiable in σ.
+Both factors are stored as offsets from their starts: the loss is differentiable in σ, and weight
+decay of M_A pulls towards W₀ in both forms (on the ones of the direct form it would pull W to 0).
 
 Source: Zhang, Zhou and Chen, HUT, arXiv 2409.13501; the residual form is that of HiRA (ICLR 2025).
 """
@@ -19,7 +20,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from adapters.finetune import DECAY, learning_rate
@@ -51,19 +51,18 @@ class HUT(Reparam):
         if self.form not in ("residual", "direct"):
             raise ValueError(f"form must be 'residual' or 'direct', but got {self.form!r}.")
         r, (rows, columns) = start.check_rank(self.rank), start.weight.shape
-        a, noise = start.zeros(rows, r), start.normal(r, columns)
+        noise = start.normal(r, columns)
         if self.form == "direct":
-            a[:, 0], noise[0] = 1.0, 0.0
-        return Parts({"A": a, "B": start.zeros(r, columns)}, {"noise": noise})
+            noise[0] = 0.0
+        return Parts({"A": start.zeros(rows, r), "B": start.zeros(r, columns)}, {"noise": noise})
 
     def weight(self, w: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         std = parts["A"].shape[1] ** -0.5 if self.std is None else self.std
-        b = parts["B"] + std * parts["noise"]
-        if self.form == "residual":
-            return w + self.scale * w * (parts["A"] @ b)
-        first = torch.zeros_like(b)
-        first[0] = 1.0
-        return w + self.scale * w * (parts["A"] @ (b + first) - 1)
+        a, b = parts["A"], parts["B"] + std * parts["noise"]
+        factor = a @ b
+        if self.form == "direct":  # (M_A M_B − 1) with a column and a row of ones
+            factor = factor + a[:, :1] + b[:1]
+        return w + self.scale * w * factor
 
 
 class HUTMethod(WeightAdapter):
