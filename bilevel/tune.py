@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
-
-import optree
-from torch import Tensor
 
 from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.callbacks import Callback, Progress
-from bilevel.checkpoint import check_writable, copy, load, save
-from bilevel.describe import describe, differences
+from bilevel.checkpoint import check_writable
 from bilevel.inner import Inner
 from bilevel.metrics import RunStatus
 from bilevel.problem_inner import ProblemInner
-from bilevel.result import Best, Result
-from bilevel.rng import global_seed
-from bilevel.run import Run
-from bilevel.schedule import Schedule
+from bilevel.result import Result
 from bilevel.space import Space
+from bilevel.tuning import Tuning
 from hypergrad import Problem
 from hypergrad.optimizers import as_optimizer
 from hypergrad.tree import Tree
@@ -113,24 +105,22 @@ def tune(
     inner = _inner(subject, algorithm, given)
     if checkpoint is not None:
         check_writable(checkpoint, "checkpoint")
-    watchers = [*callbacks, *([Progress()] if progress else [])]
-    with global_seed(seed):
-        run = Run(inner, algorithm, budget, evaluate_every, Schedule(limit=history))
-        settings = {"algorithm": describe(algorithm), "space": inner.space.to_json()}
-        if resume is not None:
-            _restore(run, callbacks, settings, resume)
-
-        def stored() -> dict[str, Any]:
-            states = [[name, callback.state_dict()] for name, callback in _stateful(callbacks)]
-            return {"settings": settings, "run": run.state_dict(), "callbacks": states}
-
-        _drive(run, watchers, stored, checkpoint, checkpoint_every)
-        state = stored()
-        return _result(run, state, {
-            "subject": inner, "algorithm": algorithm, "evaluate_every": evaluate_every,
-            "callbacks": callbacks, "checkpoint": checkpoint,
-            "checkpoint_every": checkpoint_every, "history": history, "seed": seed,
-        })  # fmt: skip
+    tuning = Tuning(
+        inner,
+        algorithm,
+        budget,
+        evaluate_every=evaluate_every,
+        callbacks=callbacks,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+        history=history,
+        seed=seed,
+    )
+    with tuning.generators():
+        watchers = [*callbacks, *([Progress()] if progress else [])]
+        _drive(tuning, watchers, checkpoint, checkpoint_every)
+        return tuning.result()
 
 
 def _inner(subject: Any, algorithm: Any, given: dict[str, Any]) -> Inner:
@@ -158,117 +148,28 @@ def _inner(subject: Any, algorithm: Any, given: dict[str, Any]) -> Inner:
 
 
 def _drive(
-    run: Run,
+    tuning: Tuning,
     watchers: Sequence[Callback],
-    stored: Callable[[], dict[str, Any]],
     checkpoint: str | os.PathLike[str] | None,
     every: float,
 ) -> None:
     """Take outer steps until the run is finished."""
+    run = tuning.run
     with ExitStack() as ending:
         for watcher in watchers:
             ending.callback(watcher.on_end, run)
         if checkpoint is not None:
-            ending.callback(lambda: save(checkpoint, stored()))
+            ending.callback(tuning.save, checkpoint)
         try:
             for watcher in watchers:
                 watcher.on_start(run)
             written = time.monotonic()
             while run.status is RunStatus.RUNNING:
-                before = run.outer_steps
-                run.advance()
-                if run.outer_steps > before:
-                    _notify(run, watchers)
-                    if checkpoint is not None and time.monotonic() - written >= every:
-                        save(checkpoint, stored())
-                        written = time.monotonic()
+                moved = tuning.advance(watchers)
+                if moved and checkpoint is not None and time.monotonic() - written >= every:
+                    tuning.save(checkpoint)
+                    written = time.monotonic()
         except KeyboardInterrupt:
             if run.status is RunStatus.RUNNING:
                 run.stop(RunStatus.INTERRUPTED, "interrupted")
             raise
-
-
-def _notify(run: Run, watchers: Sequence[Callback]) -> None:
-    """Show the outer step to all watchers; an interrupt waits until each has seen it."""
-    interrupt: KeyboardInterrupt | None = None
-    for watcher in watchers:
-        try:
-            watcher.on_outer_step(run)
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-
-
-def _stateful(callbacks: Sequence[Callback]) -> list[tuple[str, Callback]]:
-    """Return the callbacks that keep a state, with the names of their classes."""
-    keeps = [c for c in callbacks if type(c).state_dict is not Callback.state_dict]
-    return [(type(c).__qualname__, c) for c in keeps]
-
-
-def _restore(
-    run: Run, callbacks: Sequence[Callback], settings: dict[str, Any], resume: Any
-) -> None:
-    saved = copy(resume.state) if isinstance(resume, Result) else load(resume)
-    if not isinstance(saved, dict) or set(saved) != {"settings", "run", "callbacks"}:
-        raise ValueError(f"resume: {Path(resume).name!r} is not a checkpoint of tune().")
-    lines = differences(saved["settings"]["algorithm"], settings["algorithm"], "algorithm")
-    if saved["settings"]["space"] != settings["space"]:
-        old, new = (Space.from_json(s["space"]) for s in (saved["settings"], settings))
-        lines += [f"space: {line}" for line in old.differences(new)]
-    before, now = [name for name, _ in saved["callbacks"]], _stateful(callbacks)
-    if before != [name for name, _ in now]:
-        lines.append(f"callbacks: {before} before, {[name for name, _ in now]} now")
-    if lines:
-        raise ValueError("resume: the stored run had other settings:\n  " + "\n  ".join(lines))
-    run.load_state_dict(saved["run"])
-    for (_, callback), (_, state) in zip(now, saved["callbacks"], strict=True):
-        callback.load_state_dict(state)
-
-
-def _result(run: Run, state: dict[str, Any], again: dict[str, Any]) -> Result:
-    """Put the inner level at the returned weights, and look at the test split."""
-    inner, best = run.inner, run.best
-    hparams = copy(run.hparams)
-    if run.returns_best and best is not None:
-        _adopt(inner, best.params)
-        hparams = copy(best.hparams)
-    inner.set_hparams(hparams)
-    val, test = (_evaluate(inner, split) for split in ("val", "test"))
-    params = optree.tree_map(
-        lambda t: t.detach().clone().requires_grad_(t.requires_grad), inner.params
-    )
-    return Result(
-        params=params,
-        hparams=hparams,
-        space=inner.space,
-        schedule=run.schedule,
-        trace=run.trace,
-        status=run.status,
-        reason=run.reason,
-        cost=run.cost,
-        best=None if best is None else Best(best.outer_step, best.steps, best.loss),
-        val=val,
-        test=test,
-        state=state,
-        _again=again,
-    )
-
-
-def _evaluate(inner: Inner, split: str) -> dict[str, float] | None:
-    """Return the metrics of a split; None where the inner level says that it has no such split."""
-    if split not in getattr(inner, "splits", (split,)):
-        return None
-    try:
-        return dict(inner.evaluate(split))
-    except FloatingPointError:  # a loss that is not finite at the last weights is a finding, too
-        return {"loss": math.nan}
-
-
-def _adopt(inner: Inner, leaves: Sequence[Tensor]) -> None:
-    now, spec = optree.tree_flatten(inner.params)
-    marked = [
-        leaf.detach().clone().requires_grad_(like.requires_grad)
-        for leaf, like in zip(leaves, now, strict=True)
-    ]
-    inner.adopt(optree.tree_unflatten(spec, marked), inner.optimizer_state, steps=0)
