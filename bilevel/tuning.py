@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,9 @@ class Tuning:
         with self.generators():
             self.run = Run(inner, algorithm, budget, evaluate_every, Schedule(limit=history))
             if resume is not None:
-                _restore(self.run, callbacks, self._settings, resume)
+                saved = copy(resume.state) if isinstance(resume, Result) else load(resume)
+                name = "a Result" if isinstance(resume, Result) else Path(resume).name
+                self._restore(saved, str(name))
 
     def advance(self, watchers: Sequence[Callback] | None = None) -> bool:
         """Do the next outer step and show it to the callbacks, or to these watchers.
@@ -87,6 +89,15 @@ class Tuning:
         """Return everything up to the last whole outer step, as plain data."""
         states = [[name, callback.state_dict()] for name, callback in _stateful(self._callbacks)]
         return {"settings": self._settings, "run": self.run.state_dict(), "callbacks": states}
+
+    def restore(self, stored: Mapping[str, Any]) -> None:
+        """Go on from what `stored` returned, with the same settings.
+
+        Raises:
+            ValueError: it is of something else, or of a run with other settings.
+        """
+        with self.generators():
+            self._restore(stored, "it")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `stored` as a checkpoint, atomically."""
@@ -154,6 +165,23 @@ class Tuning:
                 self._rng = rng_state()
 
 
+    def _restore(self, saved: Any, name: str) -> None:
+        if not isinstance(saved, dict) or set(saved) != {"settings", "run", "callbacks"}:
+            raise ValueError(f"resume: {name!r} is not a checkpoint of tune().")
+        lines = differences(saved["settings"]["algorithm"], self._settings["algorithm"], "algorithm")
+        if saved["settings"]["space"] != self._settings["space"]:
+            old, new = (Space.from_json(s["space"]) for s in (saved["settings"], self._settings))
+            lines += [f"space: {line}" for line in old.differences(new)]
+        before, now = [name for name, _ in saved["callbacks"]], _stateful(self._callbacks)
+        if before != [name for name, _ in now]:
+            lines.append(f"callbacks: {before} before, {[name for name, _ in now]} now")
+        if lines:
+            raise ValueError("resume: the stored run had other settings:\n  " + "\n  ".join(lines))
+        self.run.load_state_dict(saved["run"])
+        for (_, callback), (_, state) in zip(now, saved["callbacks"], strict=True):
+            callback.load_state_dict(state)
+
+
 def _notify(run: Run, watchers: Sequence[Callback]) -> None:
     """Show the outer step to all watchers; an interrupt waits until each has seen it."""
     interrupt: KeyboardInterrupt | None = None
@@ -170,26 +198,6 @@ def _stateful(callbacks: Sequence[Callback]) -> list[tuple[str, Callback]]:
     """Return the callbacks that keep a state, with the names of their classes."""
     keeps = [c for c in callbacks if type(c).state_dict is not Callback.state_dict]
     return [(type(c).__qualname__, c) for c in keeps]
-
-
-def _restore(
-    run: Run, callbacks: Sequence[Callback], settings: dict[str, Any], resume: Any
-) -> None:
-    saved = copy(resume.state) if isinstance(resume, Result) else load(resume)
-    if not isinstance(saved, dict) or set(saved) != {"settings", "run", "callbacks"}:
-        raise ValueError(f"resume: {Path(resume).name!r} is not a checkpoint of tune().")
-    lines = differences(saved["settings"]["algorithm"], settings["algorithm"], "algorithm")
-    if saved["settings"]["space"] != settings["space"]:
-        old, new = (Space.from_json(s["space"]) for s in (saved["settings"], settings))
-        lines += [f"space: {line}" for line in old.differences(new)]
-    before, now = [name for name, _ in saved["callbacks"]], _stateful(callbacks)
-    if before != [name for name, _ in now]:
-        lines.append(f"callbacks: {before} before, {[name for name, _ in now]} now")
-    if lines:
-        raise ValueError("resume: the stored run had other settings:\n  " + "\n  ".join(lines))
-    run.load_state_dict(saved["run"])
-    for (_, callback), (_, state) in zip(now, saved["callbacks"], strict=True):
-        callback.load_state_dict(state)
 
 
 def _evaluate(inner: Inner, split: str) -> dict[str, float] | None:

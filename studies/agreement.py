@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import optuna
 
-from adapters.tasks import Task
-from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.describe import describe, differences
 from bilevel.space import Space
+from studies.schedulers import Ladder, Scheduler
 from studies.versions import versions
+
+if TYPE_CHECKING:
+    from studies.study import Study
 
 __all__ = ["MismatchError", "agree", "agree_on_run", "settings"]
 
@@ -21,30 +24,26 @@ class MismatchError(ValueError):
     """The stored study has other settings; the message lists what differs."""
 
 
-def settings(
-    learner: str,
-    task: Task,
-    space: Space,
-    algorithm: OuterAlgorithm[Any] | None,
-    metric: str,
-    seed: int,
-) -> dict[str, Any]:
+def settings(study: Study) -> dict[str, Any]:
     """Return the settings of a study as plain data."""
     return {
-        "learner": learner,
+        "learner": study.learner.name,
         "task": {
-            "name": task.name,
-            "options": describe(task.options),
-            "data": task.fingerprint,
+            "name": study.task.name,
+            "options": describe(study.task.options),
+            "data": study.task.fingerprint,
         },
-        "space": space.to_json(),
-        "algorithm": describe(algorithm),
-        "metric": metric,
-        "seed": seed,
+        "space": study.space.to_json(),
+        "algorithm": describe(study.algorithm),
+        "metric": list(study.metrics),
+        "constraints": describe(study.constraints),
+        "seed": study.seed,
     }
 
 
-def agree(study: optuna.Study, storage: str, direction: str, mine: Mapping[str, Any]) -> None:
+def agree(
+    study: optuna.Study, storage: str, directions: Sequence[str], mine: Mapping[str, Any]
+) -> None:
     """Store the settings of a new study; compare them with those of an existing one.
 
     Raises:
@@ -62,28 +61,40 @@ def agree(study: optuna.Study, storage: str, direction: str, mine: Mapping[str, 
         attributes = study.user_attrs
     stored = attributes["settings"]
     lines = []
-    if (old := study.direction.name.lower()) != direction:
-        lines.append(f"direction: {old!r} before, {direction!r} now")
-    for key in ("learner", "task", "metric", "seed", "algorithm"):
+    old = [direction.name.lower() for direction in study.directions]
+    if old != list(directions):
+        lines.append(f"direction: {', '.join(old)!r} before, {', '.join(directions)!r} now")
+    for key in ("learner", "task", "metric", "constraints", "seed", "algorithm"):
         lines += differences(stored[key], mine[key], key)
     before, now = Space.from_json(stored["space"]), Space.from_json(mine["space"])
     lines += [f"space: {line}" for line in before.differences(now)]
     _refuse(study, storage, lines)
 
 
-def agree_on_run(study: optuna.Study, storage: str, budget: Budget, rungs: int) -> None:
+def agree_on_run(
+    study: optuna.Study,
+    storage: str,
+    budget: Budget,
+    rungs: int,
+    scheduler: Scheduler,
+    ladder: Ladder,
+) -> Ladder:
     """Store what a trial is in a new study; compare it with that of an existing one.
+
+    Returns:
+        The rungs that were stored first: they may depend on the number of trials.
 
     Raises:
         MismatchError: trials of another budget are not comparable.
     """
-    mine = {"budget": describe(budget), "rungs": rungs}
+    mine = {"budget": describe(budget), "reports": rungs, "scheduler": describe(scheduler)}
     stored = study.user_attrs.get("run")
     if stored is None:
-        study.set_user_attr("run", mine)
-        return
-    lines = [line for key in mine for line in differences(stored[key], mine[key], key)]
+        study.set_user_attr("run", {**mine, **asdict(ladder)})
+        return ladder
+    lines = [line for key in mine for line in differences(stored.get(key), mine[key], key)]
     _refuse(study, storage, lines)
+    return Ladder(tuple(stored["rungs"]), tuple(stored["levels"]), stored["width"])
 
 
 def _refuse(study: optuna.Study, storage: str, lines: list[str]) -> None:

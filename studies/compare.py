@@ -262,6 +262,7 @@ def compare(
             study.run(
                 way.trials,
                 way.budget,
+                scheduler="fifo",
                 on_event=lambda event, way=way, seed=seed: on_event(way.name, seed, event),  # type: ignore[misc]
             )
             done[way.name].append(study)

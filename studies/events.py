@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from studies.record import TrialRecord
+from studies.record import Failure, TrialRecord
 
-__all__ = ["Event", "Finished", "Rung", "Started"]
+__all__ = ["Event", "Finished", "Paused", "Retried", "Rung", "Stalled", "Started"]
 
 
 @dataclass(frozen=True)
@@ -58,4 +58,41 @@ class Finished:
     best: bool
 
 
-Event = Started | Rung | Finished
+@dataclass(frozen=True)
+class Paused:
+    """A trial stored its state and waits for the others of its bracket.
+
+    Attributes:
+        number: of the trial.
+        rung: where it waits.
+    """
+
+    number: int
+    rung: int
+
+
+@dataclass(frozen=True)
+class Retried:
+    """The worker of a trial died, and the trial goes on from its checkpoint.
+
+    Attributes:
+        number: of the trial.
+        failure: how the worker ended.
+    """
+
+    number: int
+    failure: Failure
+
+
+@dataclass(frozen=True)
+class Stalled:
+    """Nothing can be stored at the moment; the study waits and tries again.
+
+    Attributes:
+        reason: in words.
+    """
+
+    reason: str
+
+
+Event = Started | Rung | Paused | Retried | Stalled | Finished

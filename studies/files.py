@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
@@ -25,7 +25,8 @@ class Files:
 
         FOLDER/artifacts/              of every trial, as optuna-dashboard expects them
         FOLDER/STUDY/lock              held by the process that runs the study
-        FOLDER/STUDY/trials/NUMBER.pt  checkpoint of a running trial; final state of the best
+        FOLDER/STUDY/trials/NUMBER.pt  checkpoint of an unfinished trial; final state of the best
+        FOLDER/STUDY/hparams/NUMBER.pt final gradient-owned values of a complete trial
 
     Args:
         folder: of the storage.
@@ -36,21 +37,28 @@ class Files:
         self.artifacts = folder / "artifacts"
         self.study = folder / quote(study, safe=" ")
         self._trials = self.study / "trials"
+        self._hparams = self.study / "hparams"
 
     def make(self) -> None:
         """Create the folders."""
         self.artifacts.mkdir(parents=True, exist_ok=True)
         self._trials.mkdir(parents=True, exist_ok=True)
+        self._hparams.mkdir(parents=True, exist_ok=True)
 
     def checkpoint(self, number: int) -> Path:
         """Return where a trial's checkpoint is kept."""
         return self._trials / f"{number}.pt"
 
-    def keep_only(self, number: int | None) -> None:
-        """Remove the checkpoints of all trials but one; to be called when no trial runs."""
+    def hparams(self, number: int) -> Path:
+        """Return where the final gradient-owned values of a trial are kept."""
+        return self._hparams / f"{number}.pt"
+
+    def keep_only(self, numbers: Collection[int]) -> None:
+        """Remove the checkpoints of all other trials, and what a killed process left of them."""
+        keep = {self.checkpoint(number) for number in numbers}
         for path in self._trials.iterdir():
-            if number is None or path != self.checkpoint(number):
-                path.unlink()
+            if path.suffix == ".pt" and path not in keep:
+                path.unlink(missing_ok=True)
 
     def upload(self, trial: FrozenTrial, storage: BaseStorage, files: Mapping[str, str]) -> None:
         """Store texts as artifacts of a trial, by file name."""

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from adapters import registry, tasks
 from studies.compare import METRICS, Comparison, Way, compare, ways
-from studies.events import Event, Finished, Rung
+from studies.events import Event, Finished, Rung, Stalled
 from studies.report import comparison_report
 from studies.storage import StorageError, check_folder, masked, parse_storage
 
@@ -213,6 +213,9 @@ def _progress(quiet: bool, seeds: Sequence[int], plan: Sequence[Way]) -> Iterato
             """Place an event by what comes before it, so that a resumed job starts where it was."""
             way = plan[order.index(name)]
             before = seeds.index(seed) * whole + sum(parts[n] for n in order[: order.index(name)])
+            if isinstance(event, Stalled):
+                bar.update(job, description=event.reason)
+                return
             if isinstance(event, Finished):
                 number, share, value = event.record.number, 1.0, event.record.value
             else:

@@ -78,7 +78,7 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
     """
     import optuna
 
-    from studies.coordinator import best_trial
+    from studies.ledger import best_trial
     from studies.record import TrialRecord
     from studies.storage import open_storage, parse_storage
 

@@ -33,11 +33,11 @@ class Failure:
     """Why a trial failed.
 
     Attributes:
-        kind: "not finite", "diverged", "exception" or "died".
+        kind: "not finite", "diverged", "exception", "out of memory", "timeout" or "died".
         message: in words, with the step where that is known.
     """
 
-    kind: Literal["not finite", "diverged", "exception", "died"]
+    kind: Literal["not finite", "diverged", "exception", "out of memory", "timeout", "died"]
     message: str
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class TrialRecord:
     Attributes:
         number: from 0.
         state: "complete", "pruned", "failed", "running" (also: interrupted) or "waiting".
-        value: what the study optimizes, at the end of the trial; None until then.
+        values: what the study optimizes, at the end of the trial; empty until then.
         params: what the sampler chose, by Optuna's names.
         hparams: all values at the end, gradient-owned ones included; numbers, options, lists, and
             {"shape", "min", "median", "max"} for large tensors.
@@ -61,11 +61,17 @@ class TrialRecord:
         status: of the run when it ended, in words.
         failure: why it failed, where it did.
         rungs: intermediate values by rung.
+        constraints: metric -> by how much it exceeds its limit; feasible where none is positive.
+        by: who moved the gradient-owned values: "gradient", or "sampler" in a trial at sampled
+            values.
+        bracket: number of the bracket of successive halving; None without.
+        start: number of the trial whose final gradient-owned values this one started from.
+        imported: whether it comes from another study or a table.
     """
 
     number: int
     state: State
-    value: float | None = None
+    values: tuple[float, ...] = ()
     params: Mapping[str, Any] = field(default_factory=dict)
     hparams: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -74,6 +80,21 @@ class TrialRecord:
     status: str = ""
     failure: Failure | None = None
     rungs: Mapping[int, float] = field(default_factory=dict)
+    constraints: Mapping[str, float] = field(default_factory=dict)
+    by: Literal["gradient", "sampler"] = "gradient"
+    bracket: int | None = None
+    start: int | None = None
+    imported: bool = False
+
+    @property
+    def value(self) -> float | None:
+        """The first of `values`; None until the trial is over."""
+        return self.values[0] if self.values else None
+
+    @property
+    def feasible(self) -> bool:
+        """Whether no constraint is violated."""
+        return all(excess <= 0 for excess in self.constraints.values())
 
     @classmethod
     def of(cls, trial: FrozenTrial) -> TrialRecord:
@@ -84,7 +105,7 @@ class TrialRecord:
         return cls(
             number=trial.number,
             state=_STATES[trial.state],
-            value=trial.value if trial.values else None,
+            values=tuple(trial.values or ()),
             params=trial.params,
             hparams=attrs.get("hparams", {}),
             metrics={k: v for k, v in attrs.items() if "/" in k and isinstance(v, int | float)},
@@ -93,6 +114,11 @@ class TrialRecord:
             status=attrs.get("status", ""),
             failure=Failure(**failure) if failure else None,
             rungs=dict(trial.intermediate_values),
+            constraints=dict(trial.constraints),
+            by=attrs.get("by", "gradient"),
+            bracket=attrs.get("bracket", {}).get("index"),
+            start=attrs.get("start"),
+            imported="imported" in attrs,
         )
 
     def attributes(self) -> dict[str, Any]:

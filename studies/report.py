@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from bilevel.curves import Panel, panels
 from bilevel.plots import COLORS, html_figure, write_figure
 from studies.compare import METRICS, Comparison
-from studies.executor import TRACE
+from studies.messages import TRACE
 from studies.storage import check_folder
 from studies.tables import number, value_text
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import optuna
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
+from optuna.trial import Trial
 
 from adapters import registry, tasks
 from adapters.learner import Learner
@@ -20,12 +22,19 @@ from bilevel.checks import integer
 from bilevel.schedule import Schedule
 from bilevel.space import Space
 from studies.agreement import agree, agree_on_run, settings
-from studies.coordinator import Coordinator, best_trial
-from studies.events import Event
-from studies.executor import SCHEDULE, Job, in_process, rehearse, restore
+from studies.bracket import Brackets
+from studies.coordinator import Coordinator, Limits
+from studies.events import Event, Stalled
+from studies.executors.config import ExecutorConfig, executor_config
 from studies.files import Files
+from studies.imports import Rows, observations
+from studies.interrupt import deferred_interrupt
+from studies.ledger import Ledger, best_trial
+from studies.messages import SCHEDULE, Assignment, Setting
 from studies.record import TrialRecord
 from studies.sampling import derive_seed, make_pruner, make_sampler
+from studies.schedulers import Fifo, Halving, Ladder, Scheduler
+from studies.spaces import combinations, points, sampled_space
 from studies.storage import (
     check_folder,
     coordinator_lock,
@@ -34,11 +43,19 @@ from studies.storage import (
     open_storage,
     parse_storage,
 )
+from studies.trial import rehearse, restore
+from studies.warm import warm_values
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["Study"]
+
+Direction = Literal["minimize", "maximize"]
+ExecutorName = Literal["auto", "in_process", "pool", "ray"]
+
+MAX_ENUMERATED = 27
+"""Combinations of discrete values up to which all are tried before any is sampled."""
 
 
 class Study:
@@ -59,8 +76,9 @@ class Study:
         sampler: name (see `studies.sampling.SAMPLERS`) or Optuna sampler.  Default: "tpe".
         pruner: name (see `studies.sampling.PRUNERS`) or Optuna pruner, asked at rungs.
             Default: "none".
-        direction: of the objective.
-        metric: the objective: a name among the metrics of the validation split.
+        direction: of the objective, or one for each.
+        metric: the objective: a name among the metrics of the validation split, or several.
+        constraints: metric of the validation split -> its largest feasible value.
         seed: decides the sampler's draws and every trial's seed.
         folder: for checkpoints, artifacts and the lock.  Default: ``NAME-files`` beside
             ``NAME.db``.
@@ -83,25 +101,25 @@ class Study:
         algorithm: OuterAlgorithm[Any] | None = None,
         sampler: BaseSampler | str | None = None,
         pruner: BasePruner | str | None = None,
-        direction: Literal["minimize", "maximize"] = "minimize",
-        metric: str = "loss",
+        direction: Direction | Sequence[Direction] = "minimize",
+        metric: str | Sequence[str] = "loss",
+        constraints: Mapping[str, float] | None = None,
         seed: int = 0,
         folder: str | PathLike[str] | None = None,
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"name must be a text that is not empty, but got {name!r}.")
-        if direction not in ("minimize", "maximize"):
-            raise ValueError(f"direction must be 'minimize' or 'maximize', but got {direction!r}.")
+        self.metrics = (metric,) if isinstance(metric, str) else tuple(metric)
+        self.directions = _directions(direction, len(self.metrics))
+        self.constraints = dict(constraints or {})
         self.name = name
         self.learner = registry.get(learner) if isinstance(learner, str) else learner
         self.task = tasks.get(task) if isinstance(task, str) else task
         self.space = self.learner.space if space is None else space
         self.algorithm = algorithm
-        self.direction = direction
-        self.metric = metric
         self.seed = integer("seed", seed, minimum=0)
         _check_owners(self.space, algorithm)
-        self._sampler = make_sampler(sampler, self.seed)
+        self._sampler, self._sampler_is_default = make_sampler(sampler, self.seed), sampler is None
         url = parse_storage(storage)
         self.storage = masked(url)
         root = default_folder(url) if folder is None else Path(folder)
@@ -114,14 +132,14 @@ class Study:
             storage=self._database,
             sampler=self._sampler,
             pruner=make_pruner(pruner),
-            direction=direction,
+            directions=self.directions,
             load_if_exists=True,
         )
         agree(
             self._study,
             self.storage,
-            direction,
-            settings(self.learner.name, self.task, self.space, algorithm, metric, self.seed),
+            self.directions,
+            settings(self),
         )
 
     # Reading.
@@ -138,15 +156,27 @@ class Study:
 
     @property
     def best(self) -> TrialRecord:
-        """The complete trial with the best value; among equals the first.
+        """The feasible complete trial with the best value; among equals the first.
 
         Raises:
-            ValueError: no trial is complete.
+            ValueError: no trial is complete and feasible, or there are several objectives.
         """
+        if len(self.metrics) > 1:
+            raise ValueError(
+                f"study {self.name!r} has the objectives {', '.join(self.metrics)}; use `front`."
+            )
         best = best_trial(self._study)
         if best is None:
-            raise ValueError(f"study {self.name!r} has no complete trial yet.")
+            limits = " within the constraints" if self.constraints else ""
+            raise ValueError(f"study {self.name!r} has no complete trial{limits} yet.")
         return TrialRecord.of(best)
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """The feasible complete trials that no other one dominates, in order."""
+        return [
+            TrialRecord.of(t) for t in self._study.best_trials if "imported" not in t.user_attrs
+        ]
 
     def schedule(self, number: int | None = None) -> Schedule | None:
         """Return the history of the gradient-owned values of a trial, by default of the best.
@@ -178,9 +208,12 @@ class Study:
             FileNotFoundError: the study's folder does not hold its final state any more.
         """
         best, run = self.best, self._study.user_attrs["run"]
-        values = self.space.values_from_params(best.params)
+        gradient = best.by == "gradient" and self.algorithm is not None
+        space = self.space if gradient else sampled_space(self.space)
+        values = space.values_from_params(best.params)
         budget = Budget(**{k: v for k, v in run["budget"].items() if k != "type"})
-        return restore(self._job(best.number, values, budget, run["rungs"]))
+        setting = self._setting(budget, tuple(run["rungs"]))
+        return restore(setting, self._assignment(best.number, values, gradient))
 
     def table(self) -> Table:
         """Return the trials as a table for a terminal (`rich.print`)."""
@@ -211,86 +244,216 @@ class Study:
         """
         self._study.enqueue_trial(self.space.to_params(values))
 
+    def learn(self, source: Study | Rows, name: str | None = None) -> int:
+        """Add what is known from elsewhere: the sampler learns from it, nothing is run again.
+
+        Args:
+            source: another study, a CSV file, or rows: a mapping for each, with a value for each
+                sampled name and each metric.  Names that only the source has are refused.
+            name: of the source; by default that of the study or the file.  A source that was
+                added before is not added again.
+
+        Returns:
+            The number of trials that were added.
+
+        Raises:
+            ValueError: a row that does not fit; names it, and nothing is added.
+        """
+        if name is None:
+            name = source.name if isinstance(source, Study) else "table"
+            if isinstance(source, str | PathLike):
+                name = Path(source).name
+        trials = self._study.get_trials(deepcopy=False)
+        if any(trial.user_attrs.get("imported") == name for trial in trials):
+            return 0
+        rows = source.optuna if isinstance(source, Study) else source
+        found = observations(rows, sampled_space(self.space), self.metrics, name)
+        with coordinator_lock(self._files.study, self.name):
+            self._study.add_trials(found)
+        return len(found)
+
     def run(
         self,
         trials: int,
         budget: Budget | int,
         *,
         rungs: int = 10,
+        scheduler: Scheduler | Literal["auto", "fifo", "halving"] = "auto",
+        total: Budget | None = None,
+        workers: int | None = None,
+        executor: ExecutorConfig | ExecutorName = "auto",
+        trial_seconds: float | None = None,
+        retries: int = 1,
         max_failed: float = 0.5,
+        warm: bool = True,
         on_event: Callable[[Event], None] | None = None,
-        checkpoint_seconds: float = 10.0,
+        checkpoint_seconds: float | None = None,
     ) -> Self:
         """Run until the study has a number of trials.
 
         A trial that an earlier process left unfinished goes on from its checkpoint first.
-        Ctrl-C finishes the current step, stores a checkpoint and raises KeyboardInterrupt.
+        Ctrl-C finishes the current step of each trial, stores checkpoints and raises
+        KeyboardInterrupt; a second one ends at once.
 
         Args:
             trials: of the study in total, those of earlier calls included.
             budget: of each trial; a bare integer means training steps.
             rungs: how often a trial reports its value, equally spaced over its budget.
+            scheduler: who goes on at a rung.  "auto" is `Halving` where the gradient owns
+                something, and `Fifo` elsewhere, with a pruner, and for several objectives.
+            total: limit of all trials together, of this study (of this call, for seconds); a trial
+                that does not fit any more is finished where it is.
+            workers: trials at a time.  Default: 1.
+            executor: where trials run: "in_process", "pool" (spawned processes of this host),
+                "ray" (actors), or a config such as ``Processes(4, memory=2 << 30)``.  "auto" is a
+                pool for several workers or a time limit.
+            trial_seconds: wall time after which a trial is ended in the middle of a step, as
+                failed.
+            retries: how often a trial whose worker died goes on from its checkpoint.
             max_failed: share of failed trials (of at least 10) above which the study stops.
+            warm: whether a trial's gradient-owned values start from those of the nearest complete
+                trial.
             on_event: called with each `studies.events.Event`.
-            checkpoint_seconds: least wall time between two checkpoints of a trial.
+            checkpoint_seconds: least wall time between two checkpoints of a trial; by default as
+                often as takes at most 2 % of the time.
 
         Raises:
             LockedError: another process runs this study.
-            MismatchError: earlier trials had another budget or other rungs.
+            MismatchError: earlier trials had another budget, other rungs or another scheduler.
             TooManyFailuresError: see `max_failed`.
+            ExecutorError: the workers cannot be started.
             TypeError: an algorithm is to tune a learner that has no pure losses.
-            ValueError: the learner refuses the task, or has no such metric.
+            ValueError: the learner refuses the task, has no such metric, or an argument is out of
+                its range.
             KeyboardInterrupt: the study can be run again to go on.
         """
         integer("trials", trials, minimum=1)
         integer("rungs", rungs, minimum=1)
+        integer("retries", retries, minimum=0)
         if not 0 <= max_failed <= 1:
             raise ValueError(f"max_failed must be in [0, 1], but got {max_failed!r}.")
+        if trial_seconds is not None and not trial_seconds > 0:
+            raise ValueError(f"trial_seconds must be positive, but got {trial_seconds!r}.")
+        if checkpoint_seconds is not None and not checkpoint_seconds >= 0:
+            raise ValueError(f"checkpoint_seconds must be >= 0, but got {checkpoint_seconds!r}.")
+        if workers is not None:
+            integer("workers", workers, minimum=1)
+        config = executor_config(executor, workers, killing=trial_seconds is not None)
+        policy = self._policy(scheduler)
         budget = Budget.of(budget)
-
-        def job(number: int, values: Mapping[str, Any]) -> Job:
-            return self._job(number, values, budget, rungs, checkpoint_seconds)
-
-        coordinator = Coordinator(
-            study=self._study,
-            database=self._database,
-            files=self._files,
-            sampler=self._sampler,
-            space=self.space,
-            job=job,
-            executor=in_process,
-            max_failed=max_failed,
-            on_event=on_event or (lambda event: None),
-        )
+        told = on_event or (lambda event: None)
         with coordinator_lock(self._files.study, self.name):
-            agree_on_run(self._study, self.storage, budget, rungs)
-            if coordinator.unfinished(trials):
-                rehearse(job(0, self.space.defaults()))
-                coordinator.run(trials)
+            ladder = self._ladder(policy, trials, rungs, budget)
+            setting = self._setting(budget, ladder.rungs, checkpoint_seconds)
+            ledger = Ledger(
+                self._study, self._database, self._files, self._sampler,
+                warm, lambda reason: told(Stalled(reason)),
+            )  # fmt: skip
+            if not ledger.unfinished(trials):
+                return self
+            rehearse(setting, self._assignment(0, self.space.defaults(), bool(self.space.grad)))
+            grid = self._grid(policy, ladder)
+            brackets = Brackets(ledger, policy, ladder, self.space, grid)
+
+            def assign(trial: Trial, values: Mapping[str, Any]) -> Assignment:
+                gradient = bool(self.space.grad) and trial.user_attrs["by"] == "gradient"
+                if gradient and warm:
+                    values = warm_values(ledger, self.space, trial, dict(values))
+                assignment = self._assignment(trial.number, values, gradient)
+                if "seed" not in trial.user_attrs:
+                    ledger.attribute(trial, "seed", assignment.seed)
+                return assignment
+
+            with deferred_interrupt() as interrupt:
+                workers_ = config.open(setting, lambda: interrupt.requested)
+                try:
+                    Coordinator(
+                        ledger, setting, brackets, workers_,
+                        Limits(trials, total, trial_seconds, retries, max_failed),
+                        assign, interrupt, told,
+                    ).run()  # fmt: skip
+                finally:
+                    workers_.close()
         return self
 
-    def _job(
+    def _policy(self, scheduler: Scheduler | str) -> Scheduler:
+        if isinstance(scheduler, Scheduler):
+            policy = scheduler
+        elif scheduler == "auto":
+            pruned = not isinstance(self._study.pruner, optuna.pruners.NopPruner)
+            plain = not self.space.grad or pruned or len(self.metrics) > 1
+            policy = Fifo() if plain else Halving()
+        elif scheduler in ("fifo", "halving"):
+            policy = Fifo() if scheduler == "fifo" else Halving()
+        else:
+            raise ValueError(
+                f"scheduler must be 'auto', 'fifo', 'halving' or an object, but got {scheduler!r}."
+            )
+        if isinstance(policy, Halving) and len(self.metrics) > 1:
+            raise ValueError("scheduler: halving ranks by one metric; use 'fifo' for several.")
+        return policy
+
+    def _ladder(self, policy: Scheduler, trials: int, rungs: int, budget: Budget) -> Ladder:
+        """The rungs that were stored with the first trial, or new ones."""
+        if isinstance(policy, Halving) and policy.most is None:
+            if not self.space.sampled:
+                policy = replace(policy, most=1)
+            elif (count := self._enumerable()) is not None:
+                policy = replace(policy, most=count + int(policy.mix and count > 2))
+        ladder = policy.ladder(trials, rungs)
+        return agree_on_run(self._study, self.storage, budget, rungs, policy, ladder)
+
+    def _enumerable(self) -> int | None:
+        """The number of combinations, where the sampler was left to us and they are few."""
+        count = combinations(self.space)
+        few = count is not None and 1 < count <= MAX_ENUMERATED
+        return count if few and self._sampler_is_default else None
+
+    def _grid(self, policy: Scheduler, ladder: Ladder) -> list[dict[str, Any]]:
+        """All combinations, in an order of the seed, where they are to come before any other."""
+        if not isinstance(policy, Halving) or not ladder.levels or self._enumerable() is None:
+            return []
+        order = points(self.space, derive_seed(self.seed, "enumerate"))
+        if ladder.width > len(order):  # the one at sampled values
+            order.append(sampled_space(self.space).to_params({}))
+        return order
+
+    def _setting(
         self,
-        number: int,
-        values: Mapping[str, Any],
         budget: Budget,
-        rungs: int,
-        checkpoint_seconds: float = 0.0,
-    ) -> Job:
-        return Job(
-            number=number,
-            seed=derive_seed(self.seed, "trial", number),
+        rungs: tuple[float, ...],
+        checkpoint_seconds: float | None = None,
+    ) -> Setting:
+        return Setting(
             learner=self.learner,
             task=self.task,
             space=self.space,
-            values=values,
             algorithm=self.algorithm,
             budget=budget,
             rungs=rungs,
-            metric=self.metric,
-            checkpoint=self._files.checkpoint(number),
+            metrics=self.metrics,
+            constraints=self.constraints,
             checkpoint_seconds=checkpoint_seconds,
         )
+
+    def _assignment(self, number: int, values: Mapping[str, Any], gradient: bool) -> Assignment:
+        return Assignment(
+            number=number,
+            seed=derive_seed(self.seed, "trial", number),
+            values=values,
+            gradient=gradient,
+            checkpoint=self._files.checkpoint(number).absolute(),
+        )
+
+
+def _directions(direction: Direction | Sequence[Direction], count: int) -> list[Direction]:
+    directions = list(direction) if not isinstance(direction, str) else [direction] * count
+    for one in directions:
+        if one not in ("minimize", "maximize"):
+            raise ValueError(f"direction must be 'minimize' or 'maximize', but got {one!r}.")
+    if len(directions) != count:
+        raise ValueError(f"direction: {count} metrics, but got {directions}.")
+    return directions
 
 
 def _check_owners(space: Space, algorithm: OuterAlgorithm[Any] | None) -> None:

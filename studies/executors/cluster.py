@@ -1,0 +1,256 @@
+"""Trials in Ray actors, over the nodes of a cluster; Ray Tune is not involved."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from studies.executors.base import Executor, ExecutorError
+from studies.messages import Assignment, Decision, Lost, Message, Outcome, Paused, Setting
+from studies.record import Failure
+from studies.worker import Worker
+
+__all__ = ["Cluster"]
+
+FETCH_SECONDS = 2.0
+"""Wall time between two looks at the checkpoints of running trials."""
+
+
+class _Remote:
+    """A worker on some node; checkpoints travel with its messages, so no shared disk is needed."""
+
+    def __init__(self, setting: Setting) -> None:
+        self._worker = Worker(setting)
+        self._folder = Path(tempfile.mkdtemp(prefix="bilevel-"))
+        self._file = self._folder / "none.pt"
+        self._sent = 0
+
+    def ready(self) -> bool:
+        """Answer once everything is imported."""
+        return True
+
+    def start(self, trial: Assignment, state: bytes | None) -> tuple[Message, bytes | None]:
+        """See `Worker.start`; `state` is the checkpoint to go on from."""
+        self._file.unlink(missing_ok=True)
+        self._file, self._sent = self._folder / trial.checkpoint.name, 0
+        self._file.unlink(missing_ok=True)
+        if state is not None:
+            self._file.write_bytes(state)
+            self._sent = self._file.stat().st_mtime_ns
+        message = self._worker.start(replace(trial, checkpoint=self._file))
+        return message, self.checkpoint()
+
+    def answer(self, decision: Decision) -> tuple[Message, bytes | None]:
+        """See `Worker.answer`."""
+        message = self._worker.answer(decision)
+        return message, self.checkpoint()
+
+    def checkpoint(self) -> bytes | None:
+        """Return the checkpoint of the running trial, if there is one since the last look."""
+        try:
+            written = self._file.stat().st_mtime_ns
+            if written == self._sent:
+                return None
+            self._sent = written
+            return self._file.read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def interrupt(self) -> None:
+        """See `Worker.interrupt`."""
+        self._worker.interrupt()
+
+
+class _Node:
+    """An actor, its trial, and what is asked of it."""
+
+    def __init__(self, actor: Any) -> None:
+        self.actor = actor
+        self.trial: Assignment | None = None
+        self.reply: Any = None
+        self.look: Any = None
+        self.ready = False
+        self.sign = actor.ready.remote()
+
+
+class Cluster(Executor):
+    """Ray actors; a node that is lost is replaced by another, and its trial goes on there.
+
+    Args:
+        setting: of the study.
+        workers: number of actors.
+        address: of a running cluster, such as "auto" or "HOST:PORT"; None: that which this process
+            is connected to, or a local one that is started and ended here.
+        resources: of each actor, such as {"CPU": 1, "GPU": 0.5}; by default one CPU.
+
+    Raises:
+        ExecutorError: Ray is not installed, the cluster cannot be reached, or no node has the
+            resources.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        workers: int,
+        *,
+        address: str | None = None,
+        resources: dict[str, float] | None = None,
+    ) -> None:
+        try:
+            import ray
+        except ImportError as error:
+            raise ExecutorError("executor 'ray' needs Ray: pip install 'ray[default]'.") from error
+        self._ray = ray
+        self._ours = not ray.is_initialized()
+        if self._ours:
+            _connect(ray, address, workers)
+        wanted = dict(resources or {"CPU": 1.0})
+        try:
+            _check_resources(ray, wanted)
+            self._options = {
+                "num_cpus": wanted.pop("CPU", 0),
+                "num_gpus": wanted.pop("GPU", 0),
+                "resources": wanted,
+                "max_concurrency": 2,  # so that it hears `interrupt` in the middle of a trial
+                "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1"}},
+            }
+            self._setting = ray.put(setting)
+            self._nodes = [_Node(self._actor()) for _ in range(workers)]
+        except BaseException:
+            self.close()
+            raise
+
+    def _actor(self) -> Any:
+        return self._ray.remote(_Remote).options(**self._options).remote(self._setting)
+
+    @property
+    def free(self) -> int:
+        """See `Executor.free`."""
+        return sum(node.ready and node.trial is None for node in self._nodes)
+
+    def start(self, trial: Assignment) -> None:
+        """See `Executor.start`."""
+        node = next(node for node in self._nodes if node.ready and node.trial is None)
+        node.trial = trial
+        state = trial.checkpoint.read_bytes() if trial.checkpoint.exists() else None
+        node.reply = node.actor.start.remote(trial, state)
+
+    def answer(self, number: int, decision: Decision) -> None:
+        """See `Executor.answer`."""
+        node = self._of(number)
+        node.reply = node.actor.answer.remote(decision)
+
+    def wait(self, seconds: float | None) -> Message | None:
+        """See `Executor.wait`."""
+        busy = [node for node in self._nodes if node.reply is not None]
+        coming = [node for node in self._nodes if not node.ready]
+        expected = [*(node.reply for node in busy), *(node.sign for node in coming)]
+        most = FETCH_SECONDS if seconds is None else min(seconds, FETCH_SECONDS)
+        if not expected:
+            return None
+        done, _ = self._ray.wait(expected, num_returns=1, timeout=most)
+        if not done:
+            self._fetch(busy)
+            return None
+        for node in coming:
+            if node.sign == done[0]:
+                self._welcome(node)
+                return None
+        node = next(node for node in busy if node.reply == done[0])
+        trial = node.trial
+        assert trial is not None
+        try:
+            message, state = self._ray.get(node.reply)
+        except self._ray.exceptions.RayActorError as error:
+            self._replace(node)
+            said = str(error).strip().splitlines()[0]
+            return Lost(trial.number, Failure("died", f"worker died: {said}"))
+        node.reply = None
+        _keep(trial, state)
+        if isinstance(message, Outcome | Paused):
+            node.trial, node.look = None, None
+        found: Message = message
+        return found
+
+    def interrupt(self) -> None:
+        """See `Executor.interrupt`."""
+        for node in self._nodes:
+            if node.trial is not None:
+                node.actor.interrupt.remote()
+
+    def kill(self, number: int) -> None:
+        """See `Executor.kill`."""
+        self._replace(self._of(number))
+
+    def close(self) -> None:
+        """See `Executor.close`."""
+        for node in getattr(self, "_nodes", []):
+            self._ray.kill(node.actor)
+        self._nodes = []
+        if self._ours:
+            self._ray.shutdown()
+
+    def _of(self, number: int) -> _Node:
+        return next(n for n in self._nodes if n.trial is not None and n.trial.number == number)
+
+    def _welcome(self, node: _Node) -> None:
+        try:
+            node.ready = bool(self._ray.get(node.sign))
+        except self._ray.exceptions.RayActorError:  # its node is gone: try another
+            self._replace(node)
+        except self._ray.exceptions.RayError as error:
+            said = str(error).strip().splitlines()[-1]
+            raise ExecutorError(f"ray: an actor does not start: {said}") from error
+
+    def _replace(self, node: _Node) -> None:
+        self._ray.kill(node.actor)
+        self._nodes[self._nodes.index(node)] = _Node(self._actor())
+
+    def _fetch(self, busy: list[_Node]) -> None:
+        """Bring over what running trials have stored, without waiting for it."""
+        for node in busy:
+            if node.look is not None:
+                ready, _ = self._ray.wait([node.look], timeout=0)
+                if not ready:
+                    continue
+                try:
+                    state = self._ray.get(node.look)
+                except self._ray.exceptions.RayActorError:
+                    continue  # its reply says so, too
+                if node.trial is not None:
+                    _keep(node.trial, state)
+            node.look = node.actor.checkpoint.remote()
+
+
+def _keep(trial: Assignment, state: bytes | None) -> None:
+    """Store a checkpoint that came over the network as if it had been written here."""
+    if state is None:
+        return
+    temporary = trial.checkpoint.with_suffix(".tmp")
+    temporary.write_bytes(state)
+    temporary.replace(trial.checkpoint)
+
+
+def _connect(ray: Any, address: str | None, workers: int) -> None:
+    import os
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address is None:
+            ray.init(num_cpus=workers, include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        said = str(error).strip().splitlines()[0]
+        raise ExecutorError(f"ray: the cluster {address!r} cannot be reached: {said}") from error
+
+
+def _check_resources(ray: Any, wanted: dict[str, float]) -> None:
+    """Refuse what no node has: Ray would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(n, 0.0) >= v for n, v in wanted.items()) for node in nodes):
+        most = {n: max((node.get(n, 0.0) for node in nodes), default=0.0) for n in wanted}
+        raise ExecutorError(f"resources: no node has {wanted}; the most a node has is {most}.")
