@@ -134,7 +134,9 @@ class Coordinator:
                 if self._live or not self._waiting:
                     return False
                 self._brackets.close()  # nobody will join any more: decide with who is there
-                if not (ready := self._ready()) and not self._waiting:
+                if not (ready := self._ready()):
+                    if self._waiting:
+                        raise RuntimeError(f"trials {sorted(self._waiting)} wait for nobody.")
                     return False
             if not self._executor.free:
                 return True

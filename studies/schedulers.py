@@ -166,7 +166,7 @@ class Halving(Scheduler):
             if level > max(me.rungs, default=0):
                 return Verdict.GO
             going = [m for m in survivors if m.state in ("running", "waiting")]
-            if not whole or any(level not in m.rungs for m in going):
+            if not whole or any(level > max(m.rungs, default=0) for m in going):
                 return Verdict.WAIT
             kept = max(1, math.ceil(len(bracket) / self.eta**halvings))
             scores = {m.number: _score(m, level) for m in survivors}
@@ -200,10 +200,11 @@ class Halving(Scheduler):
 
 
 def _score(member: Member, rung: int) -> float | None:
-    """Value at a rung, or at the end of a trial that ended before it; None for a failed one."""
+    """Value at a rung, or where a long step led beyond it, or at an earlier end; None if failed."""
     if member.state == "failed":
         return None
-    return member.rungs.get(rung, member.value)
+    at = min((reached for reached in member.rungs if reached >= rung), default=None)
+    return member.value if at is None else member.rungs[at]
 
 
 def _equal(rungs: int) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ PLAN = ways(registry.get("network").space, 3000, 8)
 
 def record(number: int, loss: float, **options: Any) -> TrialRecord:
     metrics = {"val/loss": loss, "val/accuracy": 0.9, "test/loss": loss + 0.1, "test/accuracy": 0.8}
-    return TrialRecord(number, "complete", value=loss, metrics=metrics, **options)
+    return TrialRecord(number, "complete", values=(loss,), metrics=metrics, **options)
 
 
 def comparison(plan: list[Way], losses: dict[str, list[float]]) -> Comparison:
