@@ -312,6 +312,11 @@ def _named(metrics: Mapping[str, float], names: tuple[str, ...], where: str) -> 
             raise FloatingPointError(f"val loss is nan {where}")
         if name not in metrics:
             raise ValueError(f"metric must be one of {sorted(metrics)}, but got {name!r}.")
+        if isinstance(metrics[name], bool) or not isinstance(metrics[name], int | float):
+            kind = type(metrics[name]).__name__
+            raise TypeError(
+                f"metric {name!r} must be a number, but got {metrics[name]!r} ({kind})."
+            )
         if not math.isfinite(metrics[name]):
             raise FloatingPointError(f"val {name} is {metrics[name]} {where}")
     return tuple(float(metrics[name]) for name in names)

@@ -1,0 +1,145 @@
+"""The same study in this process and in a pool; workers that die, hang, and run out of memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from adapters import tasks
+from studies import Study
+from studies.events import Event, Finished, Retried
+from studies.executors.base import ExecutorError
+from studies.executors.config import Processes
+from tests.studies.test_study import numbers, study
+from tests.studies.trials import Behaving, Trivial, Walker
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+TASK = tasks.get("digits", n_train=100)
+
+
+def behaving(folder: Path, how: str, **options: Any) -> Study:
+    space = Behaving.space.fix(how=how, mark="none", pace=options.pop("pace", 0.0))
+    return Study("b", Behaving, TASK, folder / "b.db", space=space, sampler="random", **options)
+
+
+def test_a_pool_of_one_gives_the_numbers_of_this_process(tmp_path: Path) -> None:
+    here = study(tmp_path / "a").run(5, 40)
+    pool = study(tmp_path / "b").run(5, 40, executor="pool")
+    assert numbers(here) == numbers(pool)
+    assert {r.state for r in here.trials} == {"complete", "pruned"}
+
+
+def test_two_workers_lose_and_double_nothing(tmp_path: Path) -> None:
+    found = Study("w", Walker, TASK, tmp_path / "w.db", sampler="random",
+                  space=Walker.space.fix(pace=0.0)).run(12, 20, workers=2)  # fmt: skip
+    assert [r.number for r in found.trials] == list(range(12))
+    assert {r.state for r in found.trials} == {"complete"}
+    alone = Study("w", Walker, TASK, tmp_path / "v.db", sampler="random",
+                  space=Walker.space.fix(pace=0.0)).run(12, 20)  # fmt: skip
+    assert [r.value for r in found.trials] == [r.value for r in alone.trials]
+
+
+def test_a_study_goes_on_under_another_executor(tmp_path: Path) -> None:
+    study(tmp_path / "a").run(2, 40, scheduler="fifo")
+    parts = study(tmp_path / "a").run(4, 40, scheduler="fifo", workers=2)
+    whole = study(tmp_path / "b").run(4, 40, scheduler="fifo")
+    by_params = {r.number: r for r in whole.trials}
+    for record in parts.trials:  # what TPE sees depends on the order, the trial itself does not
+        if record.params == by_params[record.number].params:
+            assert record.value == by_params[record.number].value
+
+
+def test_a_worker_that_dies_once_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVING_FOLDER", str(tmp_path))
+    events: list[Event] = []
+    found = behaving(tmp_path, "die once").run(
+        2, 10, executor="pool", checkpoint_seconds=0.0, on_event=events.append
+    )
+    whole = Study("b", Walker, TASK, tmp_path / "v.db", sampler="random",
+                  space=Walker.space.fix(pace=0.0)).run(2, 10)  # fmt: skip
+    assert [r.state for r in found.trials] == ["complete"] * 2
+    assert [r.value for r in found.trials] == [r.value for r in whole.trials]
+    assert [e.number for e in events if isinstance(e, Retried)] == [0]
+
+
+def test_a_worker_that_dies_again_fails_the_trial_and_not_the_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVING_FOLDER", str(tmp_path))
+    found = behaving(tmp_path, "die").run(2, 10, executor="pool")
+    assert [str(r.failure) for r in found.trials] == ["died: worker died (signal 9)"] * 2
+
+
+def test_a_trial_that_hangs_is_ended_within_a_second_of_its_limit(tmp_path: Path) -> None:
+    ends: list[float] = []
+
+    def note(event: Event) -> None:
+        ends.append(time.monotonic())
+
+    found = behaving(tmp_path, "hang").run(1, 10, trial_seconds=2.0, on_event=note)
+    assert str(found.trials[0].failure) == "timeout: over its limit of 2 s"
+    assert 2.0 <= ends[-1] - ends[0] < 3.5  # a second, and the noise of a shared machine
+
+
+def test_a_trial_that_takes_too_much_memory_fails(tmp_path: Path) -> None:
+    found = behaving(tmp_path, "memory").run(1, 10, executor=Processes(1, memory=1 << 30))
+    failure = found.trials[0].failure
+    assert failure is not None
+    assert failure.kind == "out of memory"
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("nan", "not finite: val loss is nan"),
+        ("raise", "exception: RuntimeError: out of luck"),
+        ("text", "exception: TypeError: metric 'loss' must be a number, but got '0.5' (str)."),
+    ],
+)
+@pytest.mark.parametrize("executor", ["in_process", "pool"])
+def test_failures_have_a_reason_and_the_study_goes_on(
+    how: str, said: str, executor: Any, tmp_path: Path
+) -> None:
+    found = behaving(tmp_path, how).run(2, 10, executor=executor)
+    assert [str(r.failure)[: len(said)] for r in found.trials] == [said] * 2
+
+
+def test_a_time_limit_needs_processes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be ended from outside"):
+        behaving(tmp_path, "fine").run(1, 10, executor="in_process", trial_seconds=1.0)
+    with pytest.raises(ValueError, match="executor must be"):
+        behaving(tmp_path, "fine").run(1, 10, executor="cloud")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="workers: executor 'in_process' has one"):
+        behaving(tmp_path, "fine").run(1, 10, executor="in_process", workers=2)
+
+
+def test_a_learner_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
+    class Locked(Trivial):
+        """Holds something that no pickle can."""
+
+        lock = open("/dev/null")  # noqa: SIM115
+
+    with pytest.raises(ExecutorError, match="cannot be sent to other processes"):
+        Study("l", Locked, TASK, tmp_path / "l.db").run(2, 1, workers=2)
+    Locked.lock.close()
+
+
+def test_a_learner_of_a_function_can_be_sent(tmp_path: Path) -> None:
+    class Local(Trivial):
+        """Defined here."""
+
+    found = Study("l", Local, TASK, tmp_path / "l.db").run(3, 1, workers=2)
+    assert {r.state for r in found.trials} == {"complete"}
+
+
+def test_events_come_in_order(tmp_path: Path) -> None:
+    events: list[Event] = []
+    Study("t", Trivial, TASK, tmp_path / "t.db").run(3, 1, on_event=events.append)
+    assert [type(e).__name__ for e in events] == ["Started", "Finished"] * 3
+    assert [e.record.number for e in events if isinstance(e, Finished)] == [0, 1, 2]
