@@ -45,7 +45,7 @@ class Processes(ExecutorConfig):
 
     Attributes:
         workers: number of processes.
-        threads: of torch in each; None: the cores are shared out.
+        threads: of torch in each; None: those of this process, at most its share of cores.
         gpus: device numbers, dealt round robin: each worker sees one.
         memory: bytes that a worker's data may grow by; None for no limit.
 

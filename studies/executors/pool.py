@@ -10,6 +10,7 @@ import pickle
 import resource
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import cloudpickle
+import torch
 
 from studies.executors.base import Executor, ExecutorError
 from studies.messages import Assignment, Decision, Lost, Message, Outcome, Paused, Setting
@@ -56,7 +58,7 @@ class Pool(Executor):
     Args:
         setting: of the study; pickled once for each worker.
         workers: number of processes.
-        threads: of torch in each; by default the cores are shared out.
+        threads: of torch in each; by default those of this process, at most its share of cores.
         gpus: device numbers, dealt round robin: a worker sees one, as ``cuda:0``.
         memory: largest growth of a worker's data segment in bytes; a trial that exceeds it fails
             as "out of memory".
@@ -75,14 +77,18 @@ class Pool(Executor):
         memory: int | None = None,
     ) -> None:
         try:
-            self._payload = cloudpickle.dumps(setting)
+            payload = cloudpickle.dumps(setting)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ExecutorError(
                 f"workers: learner or task cannot be sent to other processes ({error}); use "
                 "executor='in_process'."
             ) from error
-        cores = os.cpu_count() or 1
-        threads = max(1, cores // workers) if threads is None else threads
+        # A file, not an argument: `Process.start` would wait until the child has read it.
+        self._file = tempfile.NamedTemporaryFile(prefix="bilevel-")  # noqa: SIM115
+        self._file.write(payload)
+        self._file.flush()
+        if threads is None:  # one worker computes as this process would, to the last bit
+            threads = min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // workers))
         self._limits = _Limits(os.getpid(), threads, memory)
         self._context = multiprocessing.get_context("spawn")
         dealt = [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
@@ -155,6 +161,7 @@ class Pool(Executor):
             worker.process.close()
             worker.pipe.close()
         self._processes = []
+        self._file.close()
 
     def _of(self, number: int) -> _Process:
         return next(worker for worker in self._processes if worker.number == number)
@@ -162,7 +169,7 @@ class Pool(Executor):
     def _spawn(self, gpu: int | None) -> _Process:
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=_serve, args=(theirs, self._payload, self._limits), daemon=True
+            target=_serve, args=(theirs, self._file.name, self._limits), daemon=True
         )
         variables = {"OMP_NUM_THREADS": str(self._limits.threads)}
         if gpu is not None:
@@ -227,16 +234,15 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _serve(pipe: Connection, payload: bytes, limits: _Limits) -> None:
+def _serve(pipe: Connection, path: str, limits: _Limits) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with(limits.parent)
-    import torch
-
     from studies.worker import Worker
 
     torch.set_num_threads(limits.threads)
-    worker = Worker(pickle.loads(payload))  # from our own parent, over its pipe
+    with open(path, "rb") as file:  # written by our own parent
+        worker = Worker(pickle.load(file))
     signal.signal(signal.SIGUSR1, lambda *_: worker.interrupt())
     if limits.memory is not None:
         most = _data_segment() + limits.memory

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +76,9 @@ def test_a_worker_that_dies_again_fails_the_trial_and_not_the_study(
     assert [str(r.failure) for r in found.trials] == ["died: worker died (signal 9)"] * 2
 
 
-def test_a_trial_that_hangs_is_ended_within_a_second_of_its_limit(tmp_path: Path) -> None:
-    ends: list[float] = []
-
-    def note(event: Event) -> None:
-        ends.append(time.monotonic())
-
-    found = behaving(tmp_path, "hang").run(1, 10, trial_seconds=2.0, on_event=note)
-    assert str(found.trials[0].failure) == "timeout: over its limit of 2 s"
-    assert 2.0 <= ends[-1] - ends[0] < 3.5  # a second, and the noise of a shared machine
+def test_a_trial_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
+    found = behaving(tmp_path, "hang").run(2, 10, trial_seconds=1.0)
+    assert [str(r.failure) for r in found.trials] == ["timeout: over its limit of 1 s"] * 2
 
 
 def test_a_trial_that_takes_too_much_memory_fails(tmp_path: Path) -> None:
@@ -123,11 +117,10 @@ def test_a_learner_that_cannot_be_sent_is_refused(tmp_path: Path) -> None:
     class Locked(Trivial):
         """Holds something that no pickle can."""
 
-        lock = open("/dev/null")  # noqa: SIM115
+        lock = threading.Lock()
 
     with pytest.raises(ExecutorError, match="cannot be sent to other processes"):
         Study("l", Locked, TASK, tmp_path / "l.db").run(2, 1, workers=2)
-    Locked.lock.close()
 
 
 def test_a_learner_of_a_function_can_be_sent(tmp_path: Path) -> None:
@@ -141,5 +134,5 @@ def test_a_learner_of_a_function_can_be_sent(tmp_path: Path) -> None:
 def test_events_come_in_order(tmp_path: Path) -> None:
     events: list[Event] = []
     Study("t", Trivial, TASK, tmp_path / "t.db").run(3, 1, on_event=events.append)
-    assert [type(e).__name__ for e in events] == ["Started", "Finished"] * 3
+    assert [type(e).__name__ for e in events] == ["Started", "Rung", "Finished"] * 3
     assert [e.record.number for e in events if isinstance(e, Finished)] == [0, 1, 2]
