@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -65,9 +65,14 @@ class FineTune(Method):
         # eps above the usual 1e-8: the hypergradient in float32 needs it.
         return Adam(lr=hyper("lr"), eps=1e-6)
 
+    def undecayed(self, model: nn.Module) -> Collection[str]:
+        """Return the names of the parameters on which the weight decay does not act."""
+        return ()
+
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
-        """½ λ ‖θ‖² over everything trained."""
-        trained = [p for n, p in model.named_parameters() if n in self.trained]
+        """½ λ ‖θ‖² over everything trained but `undecayed`."""
+        decayed = self.trained - set(self.undecayed(model))
+        trained = [p for n, p in model.named_parameters() if n in decayed]
         squares = torch.stack([p.square().sum() for p in trained]).sum()
         half: Tensor = 0.5 * hparams["weight_decay"] * squares
         return half

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Functional", "copy_module"]
+__all__ = ["Functional", "copy_module", "own_class"]
 
 Out = TypeVar("Out")
 
@@ -25,12 +25,15 @@ def copy_module(model: nn.Module) -> nn.Module:
     clone = copy.deepcopy(model)
     for module in clone.modules():
         if parametrize.is_parametrized(module):
-            shared = type(module)
-            members = {
-                k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")
-            }
-            module.__class__ = type(shared.__name__, shared.__bases__, members)
+            own_class(module)
     return clone
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class that no copy of it has."""
+    shared = type(module)
+    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 class _Run(nn.Module):

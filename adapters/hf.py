@@ -109,6 +109,7 @@ class PeftTune(Method):
     name = "peft"
     task_type: ClassVar[type[Task]] = Sequences
     needs = ("language_net",)
+    uses_grads = True
     space = Space(
         lr=learning_rate(3e-3),
         weight_decay=DECAY,
