@@ -19,13 +19,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adapters.finetune import DECAY, EPS, betas, head_of, learning_rate
+from adapters.finetune import DECAY, EPS, adam, betas, head_of, learning_rate
 from adapters.reparam import adaptable
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
 from bilevel.domains import Choice, Grad, Int
 from bilevel.space import Space
-from hypergrad.optimizers import Adam, Value
+from hypergrad.optimizers import Value
 
 __all__ = ["GradNormLoRP"]
 
@@ -103,7 +103,7 @@ class GradNormLoRP(SplitTune):
         """Adam in the top singular directions of ∂v."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
+            adam(hyper),
             Basis(c["rank"], "svd", side=c["side"]),
             tuple(self.parts.values()),
             refresh=c["refresh"],

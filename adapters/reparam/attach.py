@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adapters.functional import own_class
+from adapters.functional import own_class, parametrized
 from adapters.reparam.base import Fold, Reparam, Start, WeightMap, as_matrix
 from adapters.reparam.calibrate import Calibrate, collect
 
@@ -119,11 +119,7 @@ def attach(
 
 def maps(model: nn.Module) -> dict[str, WeightMap]:
     """Return the weight maps of a model by the name of their module."""
-    found: dict[str, WeightMap] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, WeightMap):  # name is MODULE.parametrizations.TENSOR.0
-            found[f".{name}".rsplit(".parametrizations.", 1)[0][1:]] = module
-    return found
+    return parametrized(model, WeightMap)
 
 
 def merge(model: nn.Module) -> nn.Module:

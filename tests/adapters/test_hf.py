@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapters import Trainer, registry, tasks
+from adapters import Trainer, language, registry, tasks
 from adapters.hf import PEFT_METHODS, peft_config
 from adapters.reparam import Reparam, adaptable, attach, maps
 from adapters.weights import EVA, HUT, AdaLoRA, LoRA, MiSS
@@ -20,20 +20,7 @@ TASK = tasks.get("descriptions", length=16, n_train=64)
 
 
 def llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return language.llama(48).double().eval()
 
 
 def wrapped(model: nn.Module, config: Any) -> Any:
