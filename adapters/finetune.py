@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from adapters import artifacts
+from adapters.losses import half_squares
 from adapters.method import Method
 from adapters.networks import MLP
 from adapters.tasks import Split, Task, Transfer
@@ -18,7 +19,7 @@ from bilevel.space import Space
 from hypergrad import seeded
 from hypergrad.optimizers import Adam, Optimizer, Value
 
-__all__ = ["DECAY", "EPS", "FineTune", "FullFineTune", "betas", "head_of", "learning_rate"]
+__all__ = ["DECAY", "EPS", "FineTune", "FullFineTune", "adam", "betas", "head_of", "learning_rate"]
 
 DECAY = Grad(1e-5, low=1e-8, high=0.1, scale="log", doc="L2 penalty of all trained; smooth")
 
@@ -32,6 +33,11 @@ def betas(second: float = 0.999) -> dict[str, Grad]:
         "beta1": Grad(0.9, low=0.0, high=0.999, doc="decay β₁ of the mean; smooth"),
         "beta2": Grad(second, low=0.5, high=0.9999, doc="decay β₂ of the squares; smooth"),
     }
+
+
+def adam(hyper: Callable[[str], Value]) -> Adam:
+    """Return Adam with all of its hyperparameters from the space: "lr", `betas` and "eps"."""
+    return Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps"))
 
 
 def learning_rate(default: float = 3e-3) -> Grad:
@@ -65,12 +71,20 @@ class FineTune(Method):
         # eps above the usual 1e-8: the hypergradient in float32 needs it.
         return Adam(lr=hyper("lr"), eps=1e-6)
 
+    def undecayed(self, model: nn.Module) -> Collection[str]:
+        """Return the names of the parameters on which the weight decay does not act."""
+        return ()
+
+    def calibrate(self, model: nn.Module) -> Tensor:
+        """Return the cross entropy on all training samples, of which adapters take statistics."""
+        data = self.setting.task.split("train")
+        return F.cross_entropy(model(data["x"]), data["y"])
+
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
-        """½ λ ‖θ‖² over everything trained."""
-        trained = [p for n, p in model.named_parameters() if n in self.trained]
-        squares = torch.stack([p.square().sum() for p in trained]).sum()
-        half: Tensor = 0.5 * hparams["weight_decay"] * squares
-        return half
+        """½ λ ‖θ‖² over everything trained but `undecayed`."""
+        decayed = self.trained - set(self.undecayed(model))
+        trained = [p for n, p in model.named_parameters() if n in decayed]
+        return half_squares(hparams["weight_decay"], trained)
 
 
 class FullFineTune(FineTune):

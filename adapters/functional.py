@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ["Functional", "copy_module"]
+__all__ = ["Functional", "copy_module", "own_class", "parametrized"]
 
 Out = TypeVar("Out")
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def copy_module(model: nn.Module) -> nn.Module:
@@ -25,12 +26,25 @@ def copy_module(model: nn.Module) -> nn.Module:
     clone = copy.deepcopy(model)
     for module in clone.modules():
         if parametrize.is_parametrized(module):
-            shared = type(module)
-            members = {
-                k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")
-            }
-            module.__class__ = type(shared.__name__, shared.__bases__, members)
+            own_class(module)
     return clone
+
+
+def parametrized(model: nn.Module, kind: type[Kind]) -> dict[str, Kind]:
+    """Return the parametrizations of a kind by the name of the module that they are on."""
+    # Their own name is MODULE.parametrizations.TENSOR.0, or without MODULE on the model itself.
+    return {
+        f".{name}".rsplit(".parametrizations.", 1)[0][1:]: module
+        for name, module in model.named_modules()
+        if isinstance(module, kind)
+    }
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class that no copy of it has."""
+    shared = type(module)
+    members = {k: v for k, v in vars(shared).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(shared.__name__, shared.__bases__, members)
 
 
 class _Run(nn.Module):

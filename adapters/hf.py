@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import adapters.language  # noqa: F401  (registers the pretrained network)
 from adapters.finetune import DECAY, head_of, learning_rate
+from adapters.losses import half_squares
 from adapters.method import Method, State
 from adapters.tasks import Sequences, Task
 from bilevel.domains import Choice, Float, Int
@@ -109,6 +110,7 @@ class PeftTune(Method):
     name = "peft"
     task_type: ClassVar[type[Task]] = Sequences
     needs = ("language_net",)
+    uses_grads = True
     space = Space(
         lr=learning_rate(3e-3),
         weight_decay=DECAY,
@@ -178,11 +180,9 @@ class PeftTune(Method):
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
         """½ λ ‖θ‖², and AdaLoRA's orthogonality."""
         trained = [p for n, p in model.named_parameters() if n in self.trained]
-        half = (
-            0.5 * hparams["weight_decay"] * torch.stack([p.square().sum() for p in trained]).sum()
-        )
+        half = half_squares(hparams["weight_decay"], trained)
         if self.setting.constants["method"] != "adalora":
-            return cast(Tensor, half)
+            return half
         terms = []
         for name, p in model.named_parameters():
             if "lora_A" in name or "lora_B" in name:
@@ -191,7 +191,7 @@ class PeftTune(Method):
                 identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
                 terms.append((gram - identity).square().sum())
         weight: float = cast(Any, self.tuner).peft_config["default"].orth_reg_weight
-        return cast(Tensor, half + weight * torch.stack(terms).mean())
+        return half + weight * torch.stack(terms).mean()
 
     def after_step(self, state: State) -> None:
         """Let PEFT's AdaLoRA follow importances and prune."""

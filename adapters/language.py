@@ -12,7 +12,7 @@ from adapters.tasks import Sequences, Task
 from adapters.tasks.folder import data_file
 from hypergrad import seeded
 
-__all__ = ["Logits"]
+__all__ = ["Logits", "llama"]
 
 
 class Logits(nn.Module):
@@ -29,6 +29,44 @@ class Logits(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return logits, shape (batch, length, tokens), of ids, shape (batch, length)."""
         return cast(Tensor, self.model(input_ids=x, use_cache=False).logits)
+
+
+def llama(
+    n_tokens: int,
+    *,
+    width: int = 32,
+    inside: int = 64,
+    layers: int = 2,
+    key_value_heads: int = 2,
+    seed: int = 0,
+) -> Any:
+    """Return a small Llama of transformers with 4 heads, randomly initialized.
+
+    Args:
+        n_tokens: size of the vocabulary.
+        width: of the hidden states.
+        inside: width inside the MLPs.
+        layers: their number.
+        key_value_heads: heads of keys and values.
+        seed: of the weights.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=n_tokens,
+        hidden_size=width,
+        intermediate_size=inside,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=key_value_heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config._attn_implementation = "eager"  # the fused ones have no second derivative
+    with seeded(seed):
+        return LlamaForCausalLM(config)
 
 
 @artifacts.register("stories_net")
@@ -61,8 +99,6 @@ def language_net(task: Task, seed: int) -> nn.Module:
 
     100 steps of Adam at 1e-2 on 32 training windows each.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     if not isinstance(task, Sequences):
         raise ValueError(
             f"language_net needs a task of type Sequences, but {task.name!r} is a "
@@ -71,21 +107,7 @@ def language_net(task: Task, seed: int) -> nn.Module:
     if task.name == "stories":
         pretrained: nn.Module = stories_net(task, seed)
         return pretrained
-    config = LlamaConfig(
-        vocab_size=task.n_tokens,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    config._attn_implementation = "eager"
-    with seeded(seed):
-        inner: Any = LlamaForCausalLM(config)
+    inner = llama(task.n_tokens, seed=seed)
     model: nn.Module = Logits(inner.to(task.device, task.dtype))
     data, generator = task.split("train"), torch.Generator().manual_seed(seed)
     trained = list(model.parameters())

@@ -125,15 +125,30 @@ class Level:
         Returns:
             The training loss, and the move; None where loss, gradient or weights are not finite.
         """
+        value, grad = self.gradient(flat, hparams, batch, live=True)
+        if grad is None:
+            return value, None
+        with torch.no_grad():
+            after, state = self.optimizer.update(flat, grad, state, values)
+        return value, Move(after, state, grad) if is_finite(after) else None
+
+    def gradient(
+        self, flat: Tensor, hparams: Mapping[str, Tensor], batch: Batch, *, live: bool
+    ) -> tuple[float, Tensor | None]:
+        """Return the training loss of a batch and its gradient; None for a loss that is not finite.
+
+        Args:
+            flat: the weights.
+            hparams: gradient-owned values.
+            batch: of a training step.
+            live: whether buffers of the network move.
+        """
         views = [view.requires_grad_() for view in unflatten(flat, self._leaves.tensors)]
         params: Any = dict(zip(self.names, views, strict=True))
         with torch.enable_grad(), math_attention():
-            loss = self.objective.training_loss(params, hparams, batch, live=True)
+            loss = self.objective.training_loss(params, hparams, batch, live=live)
             value = float(loss.detach())
             if not is_finite(loss.detach()):
                 return value, None
             found = torch.autograd.grad(loss, views, allow_unused=True)
-        grad = flatten(zeros_for_none(found, views))
-        with torch.no_grad():
-            after, state = self.optimizer.update(flat, grad, state, values)
-        return value, Move(after, state, grad) if is_finite(after) else None
+        return value, flatten(zeros_for_none(found, views))

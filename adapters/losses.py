@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["entropy", "kl_to_anchor", "mixed", "smoothed_targets", "soft_cross_entropy"]
+__all__ = [
+    "entropy",
+    "half_squares",
+    "kl_to_anchor",
+    "mixed",
+    "smoothed_targets",
+    "soft_cross_entropy",
+]
+
+
+def half_squares(weight: float | Tensor, tensors: Iterable[Tensor]) -> Tensor:
+    """Return ½ λ Σ ‖θ‖², the penalty of weight decay λ; a tensor λ makes it differentiable in it.
+
+    For SGD it is the same as a decoupled decay, and every hypergradient sees it.
+    """
+    half: Tensor = 0.5 * weight * torch.stack([t.square().sum() for t in tensors]).sum()
+    return half
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

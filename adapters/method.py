@@ -46,8 +46,9 @@ class State:
     Attributes:
         model: the network; its frozen parameters and its buffers are live.
         params: trained tensors by name, views of one flat vector; edit them in place.
-        grads: gradient that the last step used, by name; None after weights that an estimator
-            trained.
+        grads: gradient that the last step used, by name.  After weights that an estimator trained
+            it is that of the last batch at the new weights for methods with `uses_grads`, and
+            None for others.
         optimizer: state of the optimizer, vectors like the flat vector.
         hparams: current value of every active hyperparameter.
         step: steps done.
@@ -121,6 +122,7 @@ class Method:
             gradient can own only what reaches the losses of the phase that is tuned.
         shuffle: whether each epoch draws the samples in a new order; otherwise they come in the
             order of `pool`.
+        uses_grads: whether hooks read `State.grads`.
         task_type: what kind of task it takes.
         roles: roles of metrics that are not plain values.
         setting: what the method runs on; there from `network` on.
@@ -135,6 +137,7 @@ class Method:
     phases: ClassVar[tuple[str, ...]] = ("train",)
     scopes: ClassVar[Mapping[str, str]] = {}
     shuffle: ClassVar[bool] = True
+    uses_grads: ClassVar[bool] = False
     task_type: ClassVar[type[Task]] = Classification
     roles: ClassVar[Mapping[str, Role]] = {}
 

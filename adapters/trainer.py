@@ -244,7 +244,7 @@ class Trainer(Learner):
         """Take over weights that an estimator trained for `steps` steps on the last drawn batches.
 
         Hooks of the method that were due in between run once, now; `Method.after_batch` sees
-        every batch with the new weights.
+        every batch with the new weights, and `Method.uses_grads` gets the gradient there.
 
         Raises:
             ValueError: other names or shapes than `params` has, or another optimizer's state.
@@ -262,7 +262,11 @@ class Trainer(Learner):
                         self.params, self._hparams, batch, live=True
                     )
                     self.method.after_batch(batch)
-        self._advance(steps)
+        grad = None
+        if steps and self._drawn and self.method.uses_grads:
+            last = {**self._drawn[-1], "kept": {}}
+            _, grad = self._level.gradient(self._flat, self._hparams, last, live=False)
+        self._advance(steps, grad)
 
     # Training.
 

@@ -14,22 +14,18 @@ from bilevel.coordinates import interpolate
 from bilevel.domains import Grad
 from hypergrad.optimizers import Hyper, Optimizer, State, Value, Values
 
-__all__ = ["Annealed", "EditedGradient", "Knots"]
+__all__ = ["Annealed", "EditedGradient", "Knots", "Wrapped"]
 
 
 @dataclass(frozen=True)
-class EditedGradient(Optimizer):
-    """w, s ← U(w, e(∇f(w), w), s): an update rule on an edited gradient.
-
-    The edit is differentiated with the rule, so hypergradients through training are exact.
+class Wrapped(Optimizer):
+    """An update rule around another, with the hyperparameters and the state of that one.
 
     Attributes:
         base: the rule U.
-        edit: e, ``(grad, flat) -> grad`` on flat vectors; pure and differentiable.
     """
 
     base: Optimizer
-    edit: Callable[[Tensor, Tensor], Tensor]
 
     @property
     def hyperparameters(self) -> dict[str, Value]:
@@ -39,6 +35,19 @@ class EditedGradient(Optimizer):
     def init(self, flat: Tensor) -> State:
         """See `Optimizer.init`."""
         return self.base.init(flat)
+
+
+@dataclass(frozen=True)
+class EditedGradient(Wrapped):
+    """w, s ← U(w, e(∇f(w), w), s): an update rule on an edited gradient.
+
+    The edit is differentiated with the rule, so hypergradients through training are exact.
+
+    Attributes:
+        edit: e, ``(grad, flat) -> grad`` on flat vectors; pure and differentiable.
+    """
+
+    edit: Callable[[Tensor, Tensor], Tensor]
 
     def update(
         self, flat: Tensor, grad: Tensor, state: State, values: Values

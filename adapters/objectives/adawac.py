@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from adapters.losses import half_squares
 from adapters.method import Batch, Method, keep
 from adapters.networks import MLP
 from adapters.tasks import Classification
@@ -79,8 +80,7 @@ class AdaWAC(Method):
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
         """½ λ ‖w‖²."""
-        squares = torch.stack([p.square().sum() for p in model.parameters()])
-        return cast(Tensor, 0.5 * hparams["weight_decay"] * squares.sum())
+        return half_squares(hparams["weight_decay"], model.parameters())
 
     def _losses(
         self, model: nn.Module, hparams: Mapping[str, Any], batch: Batch

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from adapters.losses import half_squares
 from adapters.method import Batch, Method
 from adapters.networks import MLP
 from adapters.tasks import Classification
@@ -65,8 +66,7 @@ class CompandedNetwork(Method):
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
         """½ λ ‖v‖², biases included."""
-        squares = torch.stack([p.square().sum() for p in model.parameters()])
-        return cast(Tensor, 0.5 * hparams["weight_decay"] * squares.sum())
+        return half_squares(hparams["weight_decay"], model.parameters())
 
     def finish(self, model: nn.Module, hparams: Mapping[str, Any]) -> nn.Module:
         """Bake the weights."""

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from adapters.losses import soft_cross_entropy
+from adapters.losses import half_squares, soft_cross_entropy
 from adapters.method import Batch, Method, keep
 from adapters.networks import MLP
 from adapters.tasks import Classification
@@ -82,8 +82,7 @@ class PSKD(Method):
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
         """½ λ ‖w‖²: for SGD the same as weight decay, and seen by every estimator."""
-        squares = torch.stack([p.square().sum() for p in model.parameters()])
-        return cast(Tensor, 0.5 * hparams["weight_decay"] * squares.sum())
+        return half_squares(hparams["weight_decay"], model.parameters())
 
     def epoch(self, step: int) -> int:
         """Return the epoch of a step, 1 ... T."""

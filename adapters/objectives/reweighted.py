@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from adapters.losses import half_squares
 from adapters.method import Batch, Method
 from adapters.networks import MLP
 from adapters.tasks import Classification
@@ -69,8 +69,7 @@ class Reweighted(Method):
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
         """½ λ ‖w‖²."""
-        squares = torch.stack([p.square().sum() for p in model.parameters()])
-        return cast(Tensor, 0.5 * hparams["weight_decay"] * squares.sum())
+        return half_squares(hparams["weight_decay"], model.parameters())
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")

@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, EPS, betas, learning_rate
+from adapters.finetune import DECAY, EPS, adam, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
 from bilevel.domains import Choice, Int, Switch
 from bilevel.space import Space
-from hypergrad.optimizers import Adam, Value
+from hypergrad.optimizers import Value
 
 __all__ = ["DCTAdamW"]
 
@@ -46,7 +46,7 @@ class DCTAdamW(SplitTune):
         """Adam along the chosen columns."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
+            adam(hyper),
             Basis(c["rank"], c["basis"], c["norm"], self.setting.seed),
             tuple(self.parts.values()),
             refresh=c["refresh"],

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, EPS, betas, learning_rate
+from adapters.finetune import DECAY, EPS, adam, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Blocks, Projector, Slices, Split
 from bilevel.domains import Choice, Float, Grad, Int
 from bilevel.space import Space
-from hypergrad.optimizers import Adam, Value
+from hypergrad.optimizers import Value
 
 __all__ = ["FRUGAL", "frugal_projector"]
 
@@ -81,7 +81,7 @@ class FRUGAL(SplitTune):
         """Adam in the subspace, and the rule of the rest."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
+            adam(hyper),
             frugal_projector(c["projector"], c["density"], self.setting.seed),
             tuple(self.parts.values()),
             c["remainder"],

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, EPS, betas, learning_rate
+from adapters.finetune import DECAY, EPS, adam, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
 from bilevel.domains import Choice, Grad, Int
 from bilevel.space import Space
-from hypergrad.optimizers import Adam, Value
+from hypergrad.optimizers import Value
 
 __all__ = ["GaLore"]
 
@@ -48,7 +48,7 @@ class GaLore(SplitTune):
         """Adam in the top singular directions."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
+            adam(hyper),
             Basis(c["rank"], "svd"),
             tuple(self.parts.values()),
             refresh=c["refresh"],

@@ -12,21 +12,20 @@ Source: Huang et al., GradNormLoRP, AAAI 2025, arXiv 2412.19616, algorithm 1.  �
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adapters.finetune import DECAY, EPS, betas, head_of, learning_rate
+from adapters.finetune import DECAY, EPS, adam, betas, head_of, learning_rate
 from adapters.reparam import adaptable
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
 from bilevel.domains import Choice, Grad, Int
 from bilevel.space import Space
-from hypergrad.optimizers import Adam, Value
+from hypergrad.optimizers import Value
 
 __all__ = ["GradNormLoRP"]
 
@@ -96,20 +95,15 @@ class GradNormLoRP(SplitTune):
         """The directions."""
         return [n for n, _ in model.named_parameters() if n.endswith("weight.original1")]
 
-    def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
-        """½ λ over everything trained but the directions."""
-        split = set(self.split_names(model))
-        kept = [p for n, p in model.named_parameters() if n in self.trained and n not in split]
-        half: Tensor = (
-            0.5 * hparams["weight_decay"] * torch.stack([p.square().sum() for p in kept]).sum()
-        )
-        return half
+    def undecayed(self, model: nn.Module) -> Collection[str]:
+        """The directions."""
+        return self.split_names(model)
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam in the top singular directions of ∂v."""
         c = self.setting.constants
         return Split(
-            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
+            adam(hyper),
             Basis(c["rank"], "svd", side=c["side"]),
             tuple(self.parts.values()),
             refresh=c["refresh"],

@@ -27,6 +27,7 @@ from torch.nn.utils import parametrize
 
 from adapters import allocate
 from adapters.finetune import DECAY, FineTune, head_of, learning_rate
+from adapters.functional import parametrized
 from adapters.method import State, every
 from adapters.reparam import adaptable
 from adapters.select import top_k
@@ -59,11 +60,7 @@ class Mask(nn.Module):
 
 def masks(model: nn.Module) -> dict[str, Mask]:
     """Return the masks of a model by the name of their module."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Mask):
-            found[f".{name}".rsplit(".parametrizations.", 1)[0][1:]] = module
-    return found
+    return parametrized(model, Mask)
 
 
 def mask(model: nn.Module, names: Iterable[str]) -> dict[str, Mask]:

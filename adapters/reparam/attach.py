@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from adapters.functional import own_class, parametrized
 from adapters.reparam.base import Fold, Reparam, Start, WeightMap, as_matrix
 from adapters.reparam.calibrate import Calibrate, collect
 
@@ -83,9 +85,9 @@ def attach(
         The maps by the name of their module.
 
     Raises:
-        ValueError: a pattern without a match (the message lists the candidates), a model that
-            carries maps already, a tied weight, settings that do not fit a weight, or a map that
-            needs calibration data without any.
+        ValueError: a pattern without a match (the message lists the candidates), no target, a
+            model that carries maps already, a part of an adapter of HF PEFT, a tied weight,
+            settings that do not fit a weight, or a map that needs calibration data without any.
         TypeError: a weight that is not floating.
     """
     if maps(model):
@@ -94,6 +96,8 @@ def attach(
             "merge(model) first."
         )
     chosen = _chosen(model, reparam, targets)
+    if not chosen:
+        raise ValueError("targets (or reparam, where it names the modules) must not be empty.")
     places = {name: adaptable(model)[name] for name in chosen}
     _check_places(model, places)
     needs = frozenset().union(*(each.needs for each in chosen.values()))
@@ -115,11 +119,7 @@ def attach(
 
 def maps(model: nn.Module) -> dict[str, WeightMap]:
     """Return the weight maps of a model by the name of their module."""
-    found: dict[str, WeightMap] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, WeightMap):  # name is MODULE.parametrizations.TENSOR.0
-            found[f".{name}".rsplit(".parametrizations.", 1)[0][1:]] = module
-    return found
+    return parametrized(model, WeightMap)
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -135,6 +135,8 @@ def merge(model: nn.Module) -> nn.Module:
             continue
         for tensor, each in list(module.parametrizations.items()):  # type: ignore[union-attr, operator]
             if any(isinstance(m, WeightMap) for m in each):
+                # A deep copy has the same class, from which the next line takes the property.
+                own_class(module)
                 parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
     return model
 
@@ -202,7 +204,7 @@ def _matching(
         hits = [name for name in candidates if fnmatchcase(name, pattern)]
         if not hits:
             raise ValueError(
-                f"{argument}: nothing matches {pattern!r}; candidates are "
+                f"{argument}: nothing that fits matches {pattern!r}; candidates are "
                 f"{', '.join(candidates) or 'none'}."
             )
         found.update(hits)
@@ -227,8 +229,15 @@ def _trained(
 def _check_places(model: nn.Module, places: Mapping[str, Place]) -> None:
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter.data_ptr(), []).append(name)
+        owners.setdefault(_storage(parameter), []).append(name)
+    adapted = _peft_layers(model)
     for name, place in places.items():
+        around = [outer for outer in adapted if name.startswith(f"{outer}." if outer else "")]
+        if around:
+            raise ValueError(
+                f"{name}: it is part of {around[0]}, an adapter of HF PEFT, whose own merging "
+                "would lose the map; merge_and_unload() the model first, or leave it out."
+            )
         if parametrize.is_parametrized(place.module, place.tensor):
             raise ValueError(
                 f"{name}: its {place.tensor} has a parametrization already, which merge could not "
@@ -238,9 +247,22 @@ def _check_places(model: nn.Module, places: Mapping[str, Place]) -> None:
             raise TypeError(
                 f"{name}: a weight map needs a floating weight, but it is {place.weight.dtype}."
             )
-        sharing = owners.get(place.weight.data_ptr(), [])
+        sharing = owners.get(_storage(place.weight), [])
         if len(sharing) > 1:
             raise ValueError(
                 f"{name}: its weight is shared by {', '.join(sharing)}, and a map on one of them "
                 "would untie them; leave it out of targets, or untie them first."
             )
+
+
+def _peft_layers(model: nn.Module) -> list[str]:
+    """Return the names of the layers that HF PEFT has wrapped; none where it is not imported."""
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if peft is None:
+        return []
+    return [name for name, m in model.named_modules() if isinstance(m, peft.BaseTunerLayer)]
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return what tied tensors have in common; one without data (meta, empty) is only itself."""
+    return tensor.data_ptr() or id(tensor)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fold", "Need", "Parts", "Reparam", "Start", "WeightMap"]
+__all__ = ["Fold", "Need", "Parts", "Reparam", "Start", "WeightMap", "wide"]
 
 Need = Literal["inputs", "gradient"]
 
@@ -93,11 +93,12 @@ class Reparam(ABC):
     setting scales are kept as fixed tensors and scaled in `weight`, so that it is differentiable
     in the setting, too.
 
-    Attributes:
-        needs: what `Start` must hold.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset()
+    @property
+    def needs(self) -> frozenset[Need]:
+        """What `Start` must hold; nothing by default."""
+        return frozenset()
 
     @abstractmethod
     def start(self, start: Start) -> Parts:
@@ -161,9 +162,17 @@ def as_matrix(weight: Tensor, fold: Fold) -> Tensor:
     return weight.T if fold == "transposed" else weight
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 where it has less: decompositions need it."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
 def signed_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the thin SVD with signs fixed: the largest entry of each row of Vᵀ is positive."""
-    u, sigma, vt = torch.linalg.svd(matrix, full_matrices=False)
+    """Return the thin SVD with signs fixed: the largest entry of each row of Vᵀ is positive.
+
+    Computed in at least float32, returned in the type of the matrix.
+    """
+    u, sigma, vt = torch.linalg.svd(wide(matrix), full_matrices=False)
     largest = vt.gather(1, vt.abs().argmax(dim=1, keepdim=True))
-    signs = torch.where(largest < 0, -1.0, 1.0).to(matrix)
-    return u * signs.T, sigma, vt * signs
+    signs = torch.where(largest < 0, -1.0, 1.0).to(vt)
+    return (u * signs.T).to(matrix), sigma.to(matrix), (vt * signs).to(matrix)

@@ -78,7 +78,11 @@ def collect(
     for name in places:
         inputs = torch.cat(rows[name]) if rows[name] else None
         if "inputs" in needs and (inputs is None or not len(inputs)):
-            raise ValueError(f"{name}: the calibration data are empty, it got no input.")
+            raise ValueError(
+                f"{name}: it got no input. The calibration data are empty, or it is never called: "
+                "the output projection of MultiheadAttention is read as a tensor; leave it out of "
+                "targets."
+            )
         for value in (inputs, gradients.get(name)):
             if value is not None and not value.isfinite().all():
                 raise ValueError(

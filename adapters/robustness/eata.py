@@ -41,6 +41,7 @@ from adapters.losses import entropy
 from adapters.method import Batch, Method, keep
 from adapters.networks import ConvNet
 from adapters.tasks import Split, Task, Transfer
+from adapters.updates import Wrapped
 from bilevel.domains import Float, Grad, Int
 from bilevel.metrics import Role
 from bilevel.space import Space
@@ -51,23 +52,8 @@ __all__ = ["EATA", "SkipZero"]
 
 
 @dataclass(frozen=True)
-class SkipZero(Optimizer):
-    """An update rule that a gradient of zero leaves alone: weights, buffers and counters stay.
-
-    Attributes:
-        base: the rule.
-    """
-
-    base: Optimizer
-
-    @property
-    def hyperparameters(self) -> dict[str, Value]:
-        """Those of the rule."""
-        return self.base.hyperparameters
-
-    def init(self, flat: Tensor) -> State:
-        """See `Optimizer.init`."""
-        return self.base.init(flat)
+class SkipZero(Wrapped):
+    """An update rule that a gradient of zero leaves alone: weights, buffers and counters stay."""
 
     def update(
         self, flat: Tensor, grad: Tensor, state: State, values: Values

@@ -18,13 +18,13 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from adapters.finetune import DECAY, EPS, betas, learning_rate
+from adapters.finetune import DECAY, EPS, adam, betas, learning_rate
 from adapters.select import low_rank
 from adapters.sparse.method import HEAD, SparseTune
 from adapters.split import Coordinates, Split
 from bilevel.domains import Choice, Int
 from bilevel.space import Space
-from hypergrad.optimizers import Adam, Value
+from hypergrad.optimizers import Value
 
 __all__ = ["LIFT", "lift_projector"]
 
@@ -70,7 +70,7 @@ class LIFT(SparseTune):
         c = self.setting.constants
         largest = c["direction"] == "largest"
         return Split(
-            Adam(hyper("lr"), (hyper("beta1"), hyper("beta2")), hyper("eps")),
+            adam(hyper),
             lift_projector(c["filter_rank"], c["budget_rank"], largest=largest),
             tuple(self.parts.values()),
             refresh=c["refresh"],

@@ -21,7 +21,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from adapters.finetune import DECAY, head_of, learning_rate
 from adapters.reparam import adaptable
@@ -87,19 +86,14 @@ class S2FT(SparseTune):
         places = {n: adaptable(model)[n] for n in hidden}
         if selection == "random":
             return {n: torch.rand(p.weight.shape[0]).to(p.weight.device) for n, p in places.items()}
-        data = self.setting.task.split("train")
-
-        def calibrate(m: nn.Module) -> Tensor:
-            return F.cross_entropy(m(data["x"]), data["y"])
-
         found, kind, sign = {}, selection[0], 1.0 if selection[1] == "+" else -1.0
         after = dict(zip(hidden, list(adaptable(model))[1:], strict=False))
         inputs = {n: adaptable(model)[after[n]] for n in hidden}
         given = collect(
-            model, {after[n]: p for n, p in inputs.items()}, frozenset({"inputs"}), calibrate
+            model, {after[n]: p for n, p in inputs.items()}, frozenset({"inputs"}), self.calibrate
         )
         gradients = (
-            collect(model, places, frozenset({"gradient"}), calibrate) if kind == "G" else {}
+            collect(model, places, frozenset({"gradient"}), self.calibrate) if kind == "G" else {}
         )
         for name, place in places.items():
             weight = place.weight.detach().flatten(1).abs().mean(dim=1)

@@ -100,7 +100,9 @@ class SaRA(SparseTune):
 
     def after_step(self, state: State) -> None:
         """Remember the entries that the optimizer trains."""
-        self.memory["index"] = state.optimizer["support/index"].clone()
+        index = state.optimizer["support/index"]
+        if not torch.equal(index, self.memory["index"]):
+            self.memory["index"] = index.clone()
 
     def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor | None:
         """½ decay ‖θ‖² and λ ‖W ⊙ M‖_*."""

@@ -9,12 +9,15 @@ Every ΔT steps all λ become zero but the b(t) with the largest S of all layers
 to N r_T by a cubic between t_i and T − t_f.
 
 Trained: P, λ, Q and the last layer; frozen: W₀ and the biases.  θ has r₀ (o + i) + r₀ numbers a
-layer.  A pruned λ may revive until the budget is final; then the mask stays.
+layer.  A pruned λ may revive until the budget is final; then the mask stays.  r_T is the given
+share of r₀, rounded, at least 1 and at most r₀ − 1.
 
 The numerator of the printed b(t) exceeds b₀; (t − t_i) is meant.  alpha is divided by the initial
 rank for ever, as in published code.  Pruning waits until some importance is not zero.  P and Q are
-stored as offsets from their start, so that the loss is differentiable in σ; γ and alpha are smooth
-between two prunings.
+stored as offsets from their start, so that the loss is differentiable in σ; importances are those
+of P and Q themselves.  γ and alpha are smooth between two prunings.
+
+The map alone, attached to a model of your own, keeps all ranks: the budget is the learner's.
 
 Source: Zhang et al., AdaLoRA, ICLR 2023, sections 3.1 to 3.3.
 """
@@ -28,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters.finetune import DECAY, learning_rate
-from adapters.method import State
-from adapters.reparam import Parts, Reparam, Start, maps
+from adapters.method import State, every
+from adapters.reparam import Parts, Reparam, Start, WeightMap, configured, maps
 from adapters.weights.method import WeightAdapter
 from adapters.weights.sorsa import orthogonality
 from bilevel.domains import Float, Grad, Int
@@ -96,6 +99,7 @@ class AdaLoRAMethod(WeightAdapter):
 
     name = "adalora"
     reparam = AdaLoRA
+    uses_grads = True
     space = Space(
         lr=learning_rate(0.01),
         weight_decay=DECAY,
@@ -105,7 +109,7 @@ class AdaLoRAMethod(WeightAdapter):
             0.1, low=1e-4, high=10.0, scale="log", doc="weight γ of the regularizer; smooth"
         ),
         rank=Int(2, 32, log=True, default=6, doc="rank r₀ at the start"),
-        target=Float(0.1, 0.95, default=0.67, doc="share r_T/r₀ of the ranks at the end"),
+        target=Float(0.1, 0.95, default=0.67, doc="share r_T/r₀ of the ranks at the end, r_T < r₀"),
         warm_up=Float(0.0, 0.45, default=0.1, doc="share t_i/T of the run before the budget falls"),
         final=Float(0.0, 0.45, default=0.3, doc="share t_f/T of the run with the final budget"),
         interval=Int(1, 1000, log=True, default=5, doc="steps ΔT between two prunings"),
@@ -120,39 +124,50 @@ class AdaLoRAMethod(WeightAdapter):
         self.memory |= {"importance": {}, "uncertainty": {}, "kept": None}
 
     def after_step(self, state: State) -> None:
-        """Follow the importance of every entry, and prune when it is time."""
-        c, layers = self.setting.constants, maps(state.model)
-        places = {name: _tensors(name, state.params) for name in layers}
-        for entries in places.values():
-            for key in entries.values():
-                self._follow(key, state)
-        total = c["total"]
-        warm_up, last = round(c["warm_up"] * total), round(c["final"] * total)
-        final = state.step >= total - last
+        """Follow the importance of every entry; from step T − t_f on, keep the final mask."""
+        with configured(state.model, state.hparams) as layers:
+            for name, layer in layers.items():
+                self._follow(layer, _tensors(name, state.params), state)
+        c = self.setting.constants
         if self.memory["kept"] is not None:
-            self._mask(state, places, self.memory["kept"])
-        elif state.step % c["interval"] == 0 or final:
-            scores = self._scores(places)
-            if not scores or not float(torch.cat([*scores.values()]).max()) > 0:
-                return
-            ranks = len(layers) * c["rank"]
-            kept_ranks = len(layers) * max(1, round(c["target"] * c["rank"]))
-            count = budget(state.step, ranks, kept_ranks, warm_up, last, total)
-            kept = _largest(scores, count)
-            self._mask(state, places, kept)
-            if final:
-                self.memory["kept"] = kept
+            self._mask(state, self.memory["kept"])
+        elif state.step >= c["total"] - round(c["final"] * c["total"]):
+            self.memory["kept"] = self._prune(state)
 
-    def _follow(self, key: str, state: State) -> None:
-        if state.grads is None:  # weights that an estimator trained
+    @every("interval")
+    def prune(self, state: State) -> None:
+        """Zero all λ but the b(t) most important, until the mask is final."""
+        if self.memory["kept"] is None:
+            self._prune(state)
+
+    def _prune(self, state: State) -> dict[str, Tensor] | None:
+        """Prune to b(t) and return the mask of each layer; None before the first importance."""
+        c = self.setting.constants
+        scores = self._scores({name: _tensors(name, state.params) for name in maps(state.model)})
+        if not scores or not float(torch.cat([*scores.values()]).max()) > 0:
+            return None
+        total, first = c["total"], c["rank"]
+        last = min(max(1, round(c["target"] * first)), first - 1)
+        warm_up, final = round(c["warm_up"] * total), round(c["final"] * total)
+        n = len(scores)
+        kept = _largest(scores, budget(state.step, n * first, n * last, warm_up, final, total))
+        self._mask(state, kept)
+        return kept
+
+    def _follow(self, layer: WeightMap, keys: Mapping[str, str], state: State) -> None:
+        if state.grads is None:  # a gradient that is not finite
             return
-        c, memory = self.setting.constants, self.memory
-        now = (state.params[key] * state.grads[key]).abs()
-        average = memory["importance"].get(key, torch.zeros_like(now))
-        spread = memory["uncertainty"].get(key, torch.zeros_like(now))
-        average = c["beta1"] * average + (1 - c["beta1"]) * now
-        memory["importance"][key] = average
-        memory["uncertainty"][key] = c["beta2"] * spread + (1 - c["beta2"]) * (now - average).abs()
+        reparam, c, memory = layer.reparam, self.setting.constants, self.memory
+        assert isinstance(reparam, AdaLoRA)
+        values = {part: state.params[key] for part, key in keys.items()}
+        values["P"], values["Q"] = reparam.vectors({**layer.parts, **values})
+        for part, key in keys.items():
+            now = (values[part] * state.grads[key]).abs()
+            average = memory["importance"].get(key, torch.zeros_like(now))
+            spread = memory["uncertainty"].get(key, torch.zeros_like(now))
+            average = c["beta1"] * average + (1 - c["beta1"]) * now
+            spread = c["beta2"] * spread + (1 - c["beta2"]) * (now - average).abs()
+            memory["importance"][key], memory["uncertainty"][key] = average, spread
 
     def _scores(self, places: Mapping[str, Mapping[str, str]]) -> dict[str, Tensor]:
         """Return S of each layer's triplets; nothing before the first importance."""
@@ -165,11 +180,9 @@ class AdaLoRAMethod(WeightAdapter):
             found[name] = s["lam"] + s["P"].mean(dim=0) + s["Q"].mean(dim=1)
         return found
 
-    def _mask(
-        self, state: State, places: Mapping[str, Mapping[str, str]], kept: Mapping[str, Tensor]
-    ) -> None:
-        for name, key in places.items():
-            state.params[key["lam"]].mul_(kept[name])
+    def _mask(self, state: State, kept: Mapping[str, Tensor]) -> None:
+        for name, mask in kept.items():
+            state.params[_tensors(name, state.params)["lam"]].mul_(mask)
 
 
 def _tensors(name: str, params: Mapping[str, Tensor]) -> dict[str, str]:

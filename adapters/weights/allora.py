@@ -5,9 +5,10 @@
 With q = ½, the paper's, the norm itself stands under the root, not its square.  Trained: A, B and
 the last layer; frozen: W₀ and the biases; no dropout, no scale.  The forward is that of LoRA.
 
-The factor is a stop-gradient in training: M̃ = c ⊙ M + (1 − c) ⊙ M with c and the second M detached.
-Both are `Method.detached` quantities, so that hypergradients through training are exact; a plain
-`detach` makes them 12 % wrong.  η changes the path and not the stationary points: its hypergradient
+The factor is a stop-gradient in training: W = W₀ + M̄ + c ⊙ (M − M̄) with c and M̄ = M detached.  On a
+model of your own they are detached in the forward: right for training, 12 % off in a hypergradient
+through training.  The learner makes both `Method.detached` quantities, so that hypergradients are
+exact.  η changes the path and not the stationary points: its hypergradient
 needs `Unrolled`.  Under Adam the factor nearly cancels for B.
 
 Source: Huang and Balestriero, ALLoRA, arXiv 2410.09692, section 3.  q and g are ours.
@@ -43,7 +44,9 @@ class ALLoRA(Reparam):
         exponent: q.
         gain: g, the start of A relative to LoRA's.
         granularity: a norm for each "row", or one for the "matrix".
-        frozen: detached factors c, shape (outputs, 1), and increment M; None for plain LoRA.
+        stop_gradient: whether the factor is detached in the forward; False, for losses that are
+            differentiated through training, leaves the gradient of LoRA unless `frozen` is there.
+        frozen: factors c, shape (outputs, 1), and increment M̄ from outside.
     """
 
     rank: int = 4
@@ -51,6 +54,7 @@ class ALLoRA(Reparam):
     exponent: float | Tensor = 0.5
     gain: float | Tensor = 1.0
     granularity: Literal["row", "matrix"] = "row"
+    stop_gradient: bool = True
     frozen: tuple[Tensor, Tensor] | None = None
 
     def start(self, start: Start) -> Parts:
@@ -80,8 +84,12 @@ class ALLoRA(Reparam):
         increment = self.increment(parts)
         if self.frozen is not None:
             c, detached = self.frozen
-            increment = c * increment + (1 - c) * detached
-        return w + increment
+        elif self.stop_gradient:
+            detached = increment.detach()
+            c = self.factor(detached)
+        else:
+            return w + increment
+        return w + detached + c * (increment - detached)
 
 
 class ALLoRAMethod(WeightAdapter):
@@ -98,6 +106,10 @@ class ALLoRAMethod(WeightAdapter):
         granularity=Choice("row", "matrix", default="row", doc="what a factor belongs to"),
         rank=Int(1, 32, log=True, default=4, doc="rank r of the increment"),
     ).own(lr="sampler")
+
+    def settings(self) -> Reparam:
+        """The map without stop-gradients of its own."""
+        return replaced(super().settings(), {"stop_gradient": False})
 
     def detached(
         self, model: nn.Module, hparams: Mapping[str, Any], batch: Batch

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from adapters.finetune import DECAY, learning_rate
 from adapters.reparam import Parts, Reparam, Start, adaptable
-from adapters.reparam.base import Need, signed_svd
+from adapters.reparam.base import Need, signed_svd, wide
 from adapters.reparam.calibrate import Calibrate, collect
 from adapters.weights.method import WeightAdapter
 from bilevel.domains import Choice, Float, Grad, Int, Switch
@@ -46,12 +46,15 @@ class EVA(Reparam):
         exponent: p.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"inputs"})
-
     rank: int = 4
     scale: float | Tensor = 1.0
     center: bool = True
     exponent: float | Tensor = 0.0
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Inputs of the layer."""
+        return frozenset({"inputs"})
 
     def start(self, start: Start) -> Parts:
         assert start.inputs is not None
@@ -59,7 +62,7 @@ class EVA(Reparam):
         sigma, vt = components(start.name, start.inputs, r, self.center)
         relative = (sigma / sigma[0]).clamp(min=torch.finfo(sigma.dtype).eps)
         trained = {"A": start.zeros(r, columns), "B": start.zeros(rows, r)}
-        return Parts(trained, {"V": vt, "sigma": relative})
+        return Parts(trained, {"V": vt.to(start.weight), "sigma": relative.to(start.weight)})
 
     def weight(self, w: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
         a = parts["V"] * (parts["sigma"] ** -self.exponent)[:, None] + parts["A"]
@@ -67,7 +70,7 @@ class EVA(Reparam):
 
 
 def components(name: str, inputs: Tensor, count: int, center: bool) -> tuple[Tensor, Tensor]:
-    """Return the top singular values and right singular vectors of rows of inputs.
+    """Return the top singular values and right singular vectors of rows, in at least float32.
 
     Raises:
         ValueError: fewer rows than components.
@@ -77,6 +80,7 @@ def components(name: str, inputs: Tensor, count: int, center: bool) -> tuple[Ten
             f"{name}: {count} components need at least {count + center} calibration rows, but "
             f"got {len(inputs)}."
         )
+    inputs = wide(inputs)
     rows = inputs - inputs.mean(dim=0) if center else inputs
     _, sigma, vt = signed_svd(rows)
     return sigma[:count], vt[:count]
@@ -115,7 +119,7 @@ def redistribute(
     scores, owners = [], []
     for name, place in places.items():
         most = min(round(headroom * reparam.rank), *place.weight.flatten(1).shape)
-        inputs = cast(Tensor, given[name][0])
+        inputs = wide(cast(Tensor, given[name][0]))
         sigma, _ = components(name, inputs, min(most, len(inputs) - reparam.center), reparam.center)
         rows = inputs - inputs.mean(dim=0) if reparam.center else inputs
         total = rows.square().sum()

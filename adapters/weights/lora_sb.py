@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,13 +46,16 @@ class LoRASB(Reparam):
         scale: s.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"gradient"})
-
     rank: int = 16
     basis: Literal["update", "weight"] = "update"
     transform: Literal["sign", "raw"] = "sign"
     first_step: float | Tensor = 1e-3
     scale: float | Tensor = 1.0
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """The gradient of the weight, for basis "update"."""
+        return frozenset({"gradient"} if self.basis == "update" else ())
 
     def start(self, start: Start) -> Parts:
         r = start.check_rank(self.rank)
@@ -90,9 +93,18 @@ class LoRASBMethod(WeightAdapter):
         weight_decay=DECAY,
         first_step=Grad(1e-3, low=1e-6, high=0.1, scale="log", doc="start η₀; smooth"),
         scale=Grad(1.0, low=0.1, high=10.0, scale="log", doc="factor s; smooth"),
-        samples=Int(1, 1000, log=True, default=50, doc="training samples of the first gradient"),
-        transform=Choice("sign", "raw", default="sign", doc="of the first gradient"),
         basis=Choice("update", "weight", default="update", doc="LoRA-SB, or LoRA-XS"),
+        samples=Int(
+            1,
+            1000,
+            log=True,
+            default=50,
+            doc="training samples of the first gradient",
+            when={"basis": "update"},
+        ),
+        transform=Choice(
+            "sign", "raw", default="sign", doc="of the first gradient", when={"basis": "update"}
+        ),
         rank=Int(2, 32, log=True, default=16, doc="size r of the core"),
     ).own(lr="sampler")
 

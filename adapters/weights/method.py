@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from adapters.finetune import FineTune, head_of
 from adapters.method import Batch
@@ -49,11 +48,6 @@ class WeightAdapter(FineTune):
     def choose(self, model: nn.Module) -> Mapping[str, Reparam]:
         """Return the map of each target."""
         return dict.fromkeys(self.targets(model), self.settings())
-
-    def calibrate(self, model: nn.Module) -> Tensor:
-        """Return the loss on all training samples."""
-        data = self.setting.task.split("train")
-        return F.cross_entropy(model(data["x"]), data["y"])
 
     def predict(self, model: nn.Module, hparams: Mapping[str, Any], batch: Batch) -> Tensor:
         """Return the outputs with the hyperparameters in the maps."""

@@ -3,6 +3,7 @@
     miss   W = W₀ + s Dᵀ E,  E = [I_r I_r … ] cut to i columns,   D ∈ R^{r×o}, D = 0
     mini   the same with D ∈ R^{r×m} repeated o/m times over the outputs
     bat    W = W₀ + s (W₀ₚ D_q + D_q) for each r×r block p of block row q,  D ∈ R^{(o/r)×r×r}, D = 0
+    kaiming  miss with D uniform in ±1/√o at the start, which is not the identity
 
 Column j of miss is row j mod r of D.  Trained: D and the last layer; frozen: W₀ and the biases.
 θ has r o numbers a layer, or r m.  The rank of the increment is at most r for miss and mini.
@@ -32,17 +33,17 @@ __all__ = ["MiSS", "MiSSMethod"]
 
 @dataclass(frozen=True)
 class MiSS(Reparam):
-    """W = W₀ + s Dᵀ [I_r I_r …], or one of its two relatives.
+    """W = W₀ + s Dᵀ [I_r I_r …], or one of its relatives.
 
     Attributes:
         rank: r; "bat" needs a divisor of outputs and inputs.
-        variant: "miss", "mini" or "bat".
+        variant: "miss", "mini", "bat" or "kaiming".
         mini_rows: m of "mini", a divisor of outputs.
         scale: s.
     """
 
     rank: int = 8
-    variant: Literal["miss", "mini", "bat"] = "miss"
+    variant: Literal["miss", "mini", "bat", "kaiming"] = "miss"
     mini_rows: int = 1
     scale: float | Tensor = 1.0
 
@@ -62,8 +63,12 @@ class MiSS(Reparam):
                     f"{self.mini_rows}."
                 )
             return Parts({"D": start.zeros(r, self.mini_rows)})
+        if self.variant == "kaiming":
+            return Parts({"D": start.uniform(r, rows, bound=1 / math.sqrt(rows))})
         if self.variant != "miss":
-            raise ValueError(f"variant must be 'miss', 'mini' or 'bat', but got {self.variant!r}.")
+            raise ValueError(
+                f"variant must be 'miss', 'mini', 'bat' or 'kaiming', but got {self.variant!r}."
+            )
         return Parts({"D": start.zeros(r, rows)})
 
     def weight(self, w: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
@@ -90,7 +95,9 @@ class MiSSMethod(WeightAdapter):
         weight_decay=DECAY,
         scale=Grad(1.0, low=0.01, high=10.0, scale="log", doc="gain s; smooth"),
         rank=Int(1, 32, log=True, default=8, doc="rank or block size r"),
-        variant=Choice("miss", "bat", "mini", default="miss", doc="how D enters the weight"),
+        variant=Choice(
+            "miss", "bat", "mini", "kaiming", default="miss", doc="how D enters and starts"
+        ),
         mini_rows=Int(
             1, 64, log=True, default=1, doc="m of variant mini", when={"variant": "mini"}
         ),

@@ -8,22 +8,23 @@ biases.  θ has r (o + i) + r numbers a layer; the rank of the increment is at m
 
 ‖·‖ is the Frobenius norm, squared by default: at an exactly orthonormal point the gradient of the
 published one, unsquared, is a unit vector of rounding noise.  κ is ours: the learning rate of S
-relative to that of U and V, as S = S⁰ + κ δ with δ trained.
+relative to that of U and V, as S = S⁰ + κ δ with δ trained.  Weight decay acts on δ, but not on U
+and V, whose length is the regularizer's.
 
 Source: Cao, SORSA, arXiv 2409.00055, sections 3 and 4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters.finetune import DECAY, learning_rate
-from adapters.reparam import Parts, Reparam, Start
+from adapters.reparam import Parts, Reparam, Start, maps
 from adapters.weights.method import WeightAdapter
 from bilevel.domains import Choice, Grad, Int
 from bilevel.space import Space
@@ -95,6 +96,11 @@ class SORSAMethod(WeightAdapter):
         norm=Choice("squared", "plain", default="squared", doc="Frobenius norm of the regularizer"),
         rank=Int(1, 32, log=True, default=4, doc="singular triplets r that are trained"),
     ).own(lr="sampler")
+
+    def undecayed(self, model: nn.Module) -> Collection[str]:
+        """The singular vectors."""
+        own = {id(m.parts[part]) for m in maps(model).values() for part in ("U", "V")}
+        return [name for name, p in model.named_parameters() if id(p) in own]
 
     def regularizer(self, each: Sequence[Tensor | None]) -> Tensor | None:
         """γ R, the mean over the layers."""

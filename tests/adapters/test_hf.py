@@ -10,29 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adapters import Trainer, registry, tasks
+from adapters import Trainer, language, registry, tasks
 from adapters.hf import PEFT_METHODS, peft_config
-from adapters.reparam import Reparam, attach, maps
-from adapters.weights import HUT, AdaLoRA, LoRA, MiSS
+from adapters.reparam import Reparam, adaptable, attach, maps
+from adapters.weights import EVA, HUT, AdaLoRA, LoRA, MiSS
+from adapters.weights.eva import redistribute
 
 TASK = tasks.get("descriptions", length=16, n_train=64)
 
 
 def llama() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=48,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).double().eval()
+    return language.llama(48).double().eval()
 
 
 def wrapped(model: nn.Module, config: Any) -> Any:
@@ -107,6 +95,38 @@ def test_ours_and_pefts_are_the_same_function(name: str) -> None:
     tolerance = 1e-4 if name == "adalora" else 1e-6  # PEFT divides alpha by r + 1e-5
     assert torch.allclose(ours(input_ids=x).logits, expected, atol=tolerance)
     assert len(maps(ours)) == 4
+
+
+@pytest.mark.parametrize(("rho", "tolerance"), [(1.0, 0.05), (2.0, 0.01)])
+def test_evas_ranks_and_directions_are_those_of_peft(rho: float, tolerance: float) -> None:
+    """Ours is exact; PEFT keeps round(ρ r) components between batches, so it is off a little."""
+    import peft
+
+    base, names = llama(), ["q_proj", "down_proj"]
+    x = torch.randint(48, (6, 20), generator=torch.Generator().manual_seed(2))
+    config = peft.LoraConfig(
+        r=4, init_lora_weights="eva", target_modules=names, eva_config=peft.EvaConfig(rho=rho)
+    )
+    theirs = wrapped(copy.deepcopy(base), config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft.initialize_lora_eva_weights(
+            theirs,
+            [{"input_ids": x}] * 3,
+            forward_fn=lambda m, batch: m(input_ids=batch["input_ids"]),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=lambda given, *_: given[0].reshape(-1, given[0].shape[-1]),
+            show_progress_bar=False,
+        )
+    targets = [n for n in adaptable(base) if n.endswith(tuple(names))]
+    ranks = redistribute(base, EVA(4), targets, lambda m: m(input_ids=x).logits, headroom=rho)
+    made = attach(base, ranks, calibrate=lambda m: m(input_ids=x).logits)
+    assert sum(each.rank for each in ranks.values()) == 16
+    for name, each in made.items():
+        a = peft_tensors(theirs, name)["lora_A"].double()
+        ours = each.parts["V"]
+        assert a.shape == ours.shape
+        assert torch.allclose((a @ ours.T).abs(), torch.eye(len(a), dtype=a.dtype), atol=tolerance)
 
 
 @pytest.mark.parametrize("method", PEFT_METHODS)

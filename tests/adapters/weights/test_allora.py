@@ -6,10 +6,11 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters import Trainer, registry, tasks
-from adapters.weights import ALLoRA
+from adapters.reparam import attach, maps
+from adapters.weights import ALLoRA, LoRA
 from hypergrad import Unrolled, check_hypergradient
 
 D = torch.float64
@@ -57,6 +58,26 @@ def test_at_the_start_the_factor_is_eta() -> None:
     assert not of_a.any()
     matrix = ALLoRA(3, granularity="matrix").factor(torch.ones(5, 7, dtype=D))
     assert torch.allclose(matrix, torch.full((5, 1), (35**0.5 + 0.5) ** -0.5, dtype=D))
+
+
+def test_on_a_model_of_your_own_the_gradient_is_scaled_and_the_forward_is_loras() -> None:
+    """Once a row has moved, its gradient is that of LoRA times (‖M_i‖ + 1/η²)^(−1/2)."""
+    x, grads, outs = torch.randn(6, 7, dtype=D), [], []
+    moved = torch.randn(5, 3, dtype=D)
+    for reparam in (ALLoRA(3, eta_sq=ETA_SQ), LoRA(3)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(7, 5)).double()
+        attach(model, reparam, generator=torch.Generator().manual_seed(3))
+        part = maps(model)["0"]
+        with torch.no_grad():
+            part.parts["B"].copy_(moved)
+            increment = model[0].weight - model[0].parametrizations["weight"].original
+        out = model(x)
+        outs.append(out.detach())
+        grads.append(torch.autograd.grad(out.square().sum(), part.parts["B"])[0])
+    assert torch.allclose(*outs, atol=1e-13)
+    factor = (increment.norm(dim=1, keepdim=True) + 1 / ETA_SQ) ** -0.5
+    assert torch.allclose(grads[0], factor * grads[1], atol=1e-10)
 
 
 def test_hypergradient_of_eta_is_exact_and_a_detached_factor_is_not() -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from adapters import Trainer, registry, tasks
 from adapters.reparam import attach, maps
 from adapters.reparam.base import Start, signed_svd
 from adapters.weights import EVA, HUT, SORSA, LoRASB, MiSS, SVFit
@@ -33,6 +34,16 @@ def test_miss_is_the_sum_of_chunks(rank: int) -> None:
     sums = padded.reshape(5, -1, rank).sum(dim=1)
     got = x @ MiSS(rank).weight(w, {"D": d}).T
     assert torch.allclose(got, x @ w.T + sums @ d, atol=1e-12)
+
+
+def test_miss_kaiming_starts_away_from_the_weight_and_is_miss() -> None:
+    """PEFT's ``init_weights=False``: ``kaiming_uniform_(D, a=√5)``, uniform in ±1/√o."""
+    w, reparam = matrix(400, 18), MiSS(5, "kaiming")
+    d = reparam.start(start(w)).trained["D"]
+    assert d.shape == (5, 400)
+    assert 0.98 / 20 < float(d.abs().max()) <= 1 / 20
+    assert float(d.std()) == pytest.approx(1 / 20 / math.sqrt(3), rel=0.05)
+    assert torch.equal(reparam.weight(w, {"D": d}), MiSS(5).weight(w, {"D": d}))
 
 
 def test_bat_is_affine_in_every_block_and_can_be_undone() -> None:
@@ -71,6 +82,33 @@ def test_sorsa_penalty_is_invariant_to_mixing_and_blind_to_sigma() -> None:
     two = reparam.penalty({"U": u @ q, "V": q.T @ v, "delta": delta})
     assert float(one) == pytest.approx(float(two), rel=1e-12)
     assert not one.requires_grad
+
+
+def test_sorsa_decays_its_singular_values_and_not_its_vectors() -> None:
+    """Weight decay of U and V would fight the regularizer; δ decays towards S⁰."""
+    learner = registry.get("sorsa")()
+    assert isinstance(learner, Trainer)
+    values = {"rank": 2, "orthonormal": 2e-6, "weight_decay": 0.05}
+    learner.setup(tasks.get("digits_transfer"), values, seed=0)
+    model, method = learner._assembly.model, learner.method
+    for layer in maps(model).values():
+        layer.parts["delta"].data.fill_(1.5)
+    penalty = method.penalty(model, {**method.setting.constants, **learner.hparams})
+    assert penalty is not None
+    named = dict(model.named_parameters())
+    grads = dict(
+        zip(
+            learner.params,
+            torch.autograd.grad(penalty, [named[n] for n in learner.params], allow_unused=True),
+            strict=True,
+        )
+    )
+    for name, grad in grads.items():
+        assert grad is not None
+        if name.endswith((".U", ".V")):
+            assert float(grad.abs().max()) < 1e-6
+        else:
+            assert torch.allclose(grad, 0.05 * named[name].detach())
 
 
 def test_sorsa_sigma_rate_is_a_ratio_of_learning_rates() -> None:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from adapters.functional import copy_module
 from adapters.reparam import Reparam, adaptable, attach, configured, maps, merge, n_trained
 from adapters.weights import EVA, HUT, SORSA, AdaLoRA, ALLoRA, LoRA, LoRASB, MiSS, SVFit
+from adapters.weights.eva import redistribute
 
 OUT, IN, R = 8, 12, 4
 """Outputs, inputs and rank of the layer under test."""
@@ -99,7 +100,8 @@ def test_invariants(name: str) -> None:
     merged = merge(copy_module(model))
     assert set(merged.state_dict()) == set(before.state_dict())
     assert torch.allclose(merged(x), expected, atol=1e-12)
-    assert maps(model), "merging a copy leaves the original"
+    assert torch.equal(merge(twin)(x), merged(x))
+    assert torch.equal(model(x), expected), "merging a copy, of any kind, leaves the original"
 
 
 @pytest.mark.parametrize("name", ["lora", "miss", "sorsa", "hut", "svfit", "adalora"])
@@ -159,6 +161,72 @@ def test_transformer_layers_train_and_evaluate() -> None:
     assert torch.allclose(merge(model)(x), evaluating, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MAPS)
+def test_maps_on_half_precision(name: str, dtype: torch.dtype) -> None:
+    """Attach, train, merge.  torch decomposes in float32 and float64 only, so float32 is used."""
+    model = layer().to(dtype)
+    before = model[0].weight.detach().clone()
+    x = torch.randn(40, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+    attach(model, MAPS[name][0], "0", calibrate=lambda m: m(x).float().square().mean())
+    assert torch.equal(model[0].weight, before)
+    if name == "svfit log":  # all of the spectrum
+        u, sigma, vt = (maps(model)["0"].parts[k].float() for k in ("U", "S0", "V"))
+        assert torch.allclose((u * sigma) @ vt, before.float(), atol=2e-2)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    penalty = maps(model)["0"].penalty()
+    loss = model(x).float().square().mean() + (0.0 if penalty is None else penalty)
+    grads = torch.autograd.grad(loss, trained)
+    assert {p.dtype for p in model.parameters()} == {g.dtype for g in grads} == {dtype}
+    assert all(g.isfinite().all() for g in grads)
+    assert any(g.any() for g in grads)
+    shake(model)
+    expected = model(x)
+    assert not torch.allclose(model[0].weight, before, atol=1e-3)
+    assert torch.equal(merge(model)(x), expected)
+    assert model[0].weight.dtype == dtype
+
+
+def test_redistributed_ranks_on_half_precision_are_those_of_the_rounded_inputs() -> None:
+    model, half = layer().float(), layer().to(torch.bfloat16)
+    x = torch.randn(40, IN, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    found = redistribute(half, EVA(2), ["0"], lambda m: m(x))
+    assert found == redistribute(model, EVA(2), ["0"], lambda m: m(x.float()))
+
+
+def test_attention_gives_its_input_projection_rows_and_its_output_projection_none() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    x = torch.randn(4, 9, 16)
+    with pytest.raises(ValueError, match=r"self_attn.out_proj: it got no input.*leave it out"):
+        attach(model, EVA(2), calibrate=lambda m: m(x))
+    assert len(attach(model, EVA(2), ["self_attn", "linear*"], calibrate=lambda m: m(x))) == 3
+
+
+def test_only_the_maps_that_need_data_ask_for_them() -> None:
+    assert list(attach(layer(), LoRASB(2, "weight"), "0")) == ["0"]
+
+
+def test_parts_of_an_adapter_of_peft_are_refused_and_the_rest_is_not() -> None:
+    import peft
+
+    wrapped = peft.get_peft_model(layer(), peft.LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(ValueError, match=r"base_model.model.0.base_layer: it is part of .*HF PEFT"):
+        attach(wrapped, LoRA(2))
+    assert not maps(wrapped)
+    assert list(attach(wrapped, LoRA(2), "*.2")) == ["base_model.model.2"]
+    assert (
+        len(
+            attach(
+                peft.get_peft_model(
+                    layer(), peft.LoraConfig(r=2, target_modules=["0"])
+                ).merge_and_unload(),
+                LoRA(2),
+            )
+        )
+        == 2
+    )
+
+
 def test_embeddings_only_by_name() -> None:
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 8))
     assert list(attach(copy.deepcopy(model), LoRA(2))) == ["1"]
@@ -210,15 +278,21 @@ class Tied(nn.Module):
         (lambda: attach(layer(), MiSS(5, "bat"), "0"), "must divide 8 and 12.*but got 5"),
         (lambda: attach(layer(), MiSS(4, "mini", 3), "0"), "mini_rows must divide 8.*but got 3"),
         (lambda: attach(layer(), MiSS(4, "bone"), "0"), "variant must be"),  # type: ignore[arg-type]
-        (lambda: attach(layer(), LoRA(2), "encoder.*"), "nothing matches 'encoder.*'.*0, 2"),
-        (lambda: attach(layer(), LoRA(2), "0", train="head"), "train: nothing matches.*0.weight"),
+        (
+            lambda: attach(layer(), LoRA(2), "encoder.*"),
+            "nothing that fits matches 'encoder.*'.*0, 2",
+        ),
+        (lambda: attach(layer(), LoRA(2), "1"), "nothing that fits matches '1'.*0, 2"),
+        (lambda: attach(layer(), LoRA(2), []), "must not be empty"),
+        (lambda: attach(layer(), {}), "must not be empty"),
+        (lambda: attach(layer(), LoRA(2), "0", train="head"), "train: nothing that fits.*0.weight"),
         (lambda: attach(nn.ReLU(), LoRA(2)), "ReLU has no layer"),
         (lambda: attach(Tied(), LoRA(2), "out"), "shared by embedding.weight, out.weight"),
         (lambda: attach(on_layer(LoRA(2)), LoRA(2)), "carries weight maps already, on 0"),
         (lambda: attach(layer(), {"0": LoRA(2)}, "0"), "targets must be None"),
         (lambda: merge(layer()), "carries no weight maps"),
         (lambda: attach(layer(), EVA(2), "0"), "needs calibrate="),
-        (lambda: attach(layer(), EVA(2), "0", calibrate=lambda m: None), "0: the calibration data"),
+        (lambda: attach(layer(), EVA(2), "0", calibrate=lambda m: None), "0: it got no input"),
         (lambda: attach(layer(), LoRASB(2), "0", calibrate=lambda m: None), "must return a scalar"),
         (
             lambda: attach(layer(), EVA(4), "0", calibrate=lambda m: m(torch.ones(4, IN).double())),
