@@ -1,0 +1,1 @@
+"""Studies against searches, and what they cost and survive."""
