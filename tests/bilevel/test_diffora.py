@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from adapters.reparam import attach, maps
 from adapters.weights import HUT, LoRA
-from bilevel.diffora import DifferentialSearch, discretize, gates, stability
+from bilevel.diffora import DifferentialSearch, gates
+from bilevel.selection import discretize, stability
 
 D = torch.float64
+ROWS = [["0", "2"]]
 
 
 def test_relaxations() -> None:
@@ -132,11 +134,12 @@ def test_the_finite_difference_is_the_derivative_of_one_unrolled_step() -> None:
         return (out.sin() - target).square().sum()
 
     train, val = torch.tensor([0.7, 0.1], dtype=D), torch.tensor([0.2, 0.4], dtype=D)
-    search = DifferentialSearch(2, 0, lr=0.1, hypergradient="finite_difference")
     logits = torch.tensor([[0.2, -0.1]], dtype=D, requires_grad=True)
-    found = search._outer(
-        ["a", "b"], modules, logits, [theta], loss, lambda s: train, lambda s: val, 0
-    )
+
+    def hypergradient(search: DifferentialSearch) -> Tensor:
+        return search._hypergradient(
+            logits, list(modules.values()), [theta], loss, lambda s: train, lambda s: val, 0
+        )
 
     def unrolled(alpha: Tensor) -> Tensor:
         g = gates(alpha)[0]
@@ -147,12 +150,18 @@ def test_the_finite_difference_is_the_derivative_of_one_unrolled_step() -> None:
 
     alpha = logits.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad(unrolled(alpha), alpha)
+    found = hypergradient(DifferentialSearch(2, 0, lr=0.1, hypergradient="finite_difference"))
     assert torch.allclose(found, expected, atol=1e-5)
-    first = DifferentialSearch(2, 0, hypergradient="first_order")
-    other = first._outer(
-        ["a", "b"], modules, logits, [theta], loss, lambda s: train, lambda s: val, 0
-    )
-    assert not torch.allclose(other, expected, atol=1e-3)
+    numeric = torch.zeros_like(alpha)
+    for j in range(2):
+        ends = []
+        for sign in (1, -1):
+            moved = alpha.detach().clone()
+            moved[0, j] += sign * 1e-5
+            ends.append(float(unrolled(moved)))
+        numeric[0, j] = (ends[0] - ends[1]) / 2e-5
+    assert torch.allclose(expected, numeric, atol=1e-8), "and of central differences"
+    assert not torch.allclose(hypergradient(DifferentialSearch(2, 0)), expected, atol=1e-3)
     assert theta.tolist() == [0.5, -0.3], "θ is untouched by a step of α"
 
 
@@ -162,13 +171,16 @@ def test_at_the_start_of_lora_the_first_order_gradient_is_zero() -> None:
     attach(model, LoRA(2))
     x = torch.randn(9, 4, dtype=D)
     search = DifferentialSearch(2, 0)
-    logits = torch.zeros(1, 2, dtype=D, requires_grad=True)
     params = [p for p in model.parameters() if p.requires_grad]
-    args = (["0", "2"], maps(model), logits, params, lambda b: model(b).square().mean())
-    assert not search._outer(*args, lambda s: x, lambda s: x, 0).any()
-
-
-ROWS = [["0", "2"]]
+    state = search.step(
+        search.init(ROWS, x),
+        list(maps(model).values()),
+        params,
+        lambda b: model(b).square().mean(),
+        lambda s: x,
+        lambda s: x,
+    )
+    assert not state["logits"].any()
 
 
 def run(
