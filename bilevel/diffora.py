@@ -291,8 +291,7 @@ def _set(gated: Sequence[Gated], values: Tensor) -> None:
 def _finite(loss: Tensor, split: str, step: int) -> Tensor:
     if not loss.detach().isfinite().all():
         raise FloatingPointError(
-            f"the {split} loss of the search is {float(loss.detach())} at step {step}; α has not "
-            "moved."
+            f"the {split} loss of the search is {float(loss.detach())} at step {step}."
         )
     return loss
 

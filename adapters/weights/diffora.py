@@ -234,8 +234,7 @@ class DiffoRA(WeightAdapter):
         for name in rest:
             now[name].gate = gates[name]
             for n, parameter in now[name].named_parameters():
-                parameter.copy_(found[name][n])
-                parameter.requires_grad_(False)
+                parameter.requires_grad_(False).copy_(found[name][n])
 
     @property
     def selection(self) -> Selection:
