@@ -79,7 +79,10 @@ class DifferentialSearch:
         steps: steps of θ.
         warm_up: steps of θ before α moves: at B = 0 the first-order gradient of α is exactly zero.
         lr: of Adam on θ, and the step ξ of "finite_difference".
-        gate_lr: of Adam on α, betas (.5, .999).
+        gate_lr: of the rule of α.
+        gate_rule: "adam", betas (.5, .999), which is usual in differentiable search; or "sgd", under
+            which α is the sum of its gradients, so that a module whose gradient is noise stays
+            behind one whose gradient is large.
         relaxation: of the gates.
         hypergradient: "first_order" takes ∂L_val/∂α; "finite_difference" adds the response of one
             step of length `lr` by a central difference (Liu et al., DARTS, 2019); "score" leaves
@@ -94,6 +97,7 @@ class DifferentialSearch:
     warm_up: int = 20
     lr: float = 5e-3
     gate_lr: float = 2e-2
+    gate_rule: Literal["adam", "sgd"] = "adam"
     relaxation: Relaxation = "softmax"
     hypergradient: Literal["first_order", "finite_difference", "score"] = "first_order"
     scope: Scope = "row"
@@ -105,6 +109,8 @@ class DifferentialSearch:
             )
         if not self.lr > 0 or not self.gate_lr > 0:
             raise ValueError(f"rates must be positive, but got {self.lr} and {self.gate_lr}.")
+        if self.gate_rule not in ("adam", "sgd"):
+            raise ValueError(f"gate_rule must be 'adam' or 'sgd', but got {self.gate_rule!r}.")
         if self.hypergradient not in ("first_order", "finite_difference", "score"):
             raise ValueError(f"unknown hypergradient {self.hypergradient!r}.")
         gates(torch.zeros(1, 1), self.relaxation)
@@ -208,7 +214,7 @@ class DifferentialSearch:
             after["scores"] = moved = state["scores"] - found
         else:
             values, after["optimizer"] = optimizer_step(
-                _adam, {"logits": state["logits"]}, {"logits": found}, {"logits": self.gate_lr},
+                _adam if self.gate_rule == "adam" else torch.optim.SGD, {"logits": state["logits"]}, {"logits": found}, {"logits": self.gate_lr},
                 state["optimizer"],
             )  # fmt: skip
             after["logits"] = moved = values["logits"]

@@ -92,9 +92,16 @@ class DiffoRA(WeightAdapter):
             doc="of the gates",
             when={"hypergradient": ("first_order", "finite_difference")},
         ),
+        gate_rule=Choice(
+            "adam",
+            "sgd",
+            default="adam",
+            doc="how the gates move",
+            when={"hypergradient": ("first_order", "finite_difference")},
+        ),
         gate_lr=Float(
             1e-3,
-            0.5,
+            10.0,
             log=True,
             default=0.02,
             doc="learning rate of the gates",
@@ -275,7 +282,7 @@ class DiffoRA(WeightAdapter):
         """Return the search; its lr is the current one, which "finite_difference" steps by."""
         c = {**self.setting.constants, **hparams}
         steps = c["search_steps"]
-        more = {n: c[n] for n in ("gate_lr", "relaxation") if n in c}
+        more = {n: c[n] for n in ("gate_lr", "gate_rule", "relaxation") if n in c}
         return DifferentialSearch(
             steps,
             min(steps - 1, round(c["warm_up"] * steps)),

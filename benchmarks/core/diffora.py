@@ -6,7 +6,6 @@ python -m benchmarks.core.diffora page     # results/diffora.md and docs/figures
 Each part goes to benchmarks/results/diffora.json; the page is written from there.
 """
 
-
 from __future__ import annotations
 
 import json

@@ -22,6 +22,8 @@ SEARCHES: dict[str, dict[str, Any]] = {
     "DiffoRA, softmax rows": {},
     "DiffoRA, softmax rows, one-step response": {"hypergradient": "finite_difference"},
     "DiffoRA, sigmoid": {"relaxation": "sigmoid"},
+    "DiffoRA, softmax rows, SGD": {"gate_rule": "sgd", "gate_lr": 1.0},
+    "DiffoRA, sigmoid, SGD": {"relaxation": "sigmoid", "gate_rule": "sgd", "gate_lr": 1.0},
     "score at G = 1": {"hypergradient": "score"},
 }
 

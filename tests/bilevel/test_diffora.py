@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,6 +99,25 @@ def test_planted_modules_are_found_and_the_others_switched_off(hypergradient: st
         off = found.logits[~found.mask]
         assert off.max() < found.logits[found.mask].min()
         assert found.history.shape == (110, 1, 6)
+
+
+def test_under_sgd_alpha_is_the_sum_of_its_gradients() -> None:
+    target = torch.tensor([0.2, 0.4], dtype=D)
+    theta = nn.Parameter(torch.tensor([0.5, -0.3], dtype=D))
+    gated = [SimpleNamespace(gate=1.0), SimpleNamespace(gate=1.0)]
+
+    def loss(_: object) -> Tensor:
+        out = torch.stack([torch.as_tensor(each.gate) for each in gated]) * theta
+        return (out - target).square().sum()
+
+    search = DifferentialSearch(3, 0, gate_lr=0.7, gate_rule="sgd")
+    state, alpha = search.init([["a", "b"]], theta), torch.zeros(1, 2, dtype=D)
+    for _ in range(3):
+        alpha = alpha.requires_grad_()
+        value = (gates(alpha)[0] * theta.detach() - target).square().sum()
+        alpha = (alpha - 0.7 * torch.autograd.grad(value, alpha)[0]).detach()
+        state = search.step(state, gated, [theta], loss, lambda s: None, lambda s: None)
+        assert torch.allclose(state["logits"], alpha, atol=1e-12)
 
 
 def test_over_another_adapter() -> None:
@@ -326,6 +346,7 @@ def test_modules_without_a_gate() -> None:
         (lambda: discretize(torch.zeros(1, 2), 0.5, "best"), "scope must be"),  # type: ignore[arg-type]
         (lambda: discretize(torch.zeros(1, 2), 0.5, "budget"), "needs positive sizes"),
         (lambda: discretize(torch.zeros(1, 0), 0.5), "scores must be a matrix"),
+        (lambda: DifferentialSearch(gate_rule="rmsprop"), "gate_rule must be 'adam' or 'sgd'"),  # type: ignore[arg-type]
         (lambda: DifferentialSearch(scope="best"), "scope must be"),  # type: ignore[arg-type]
         (lambda: DifferentialSearch(relaxation="hard"), "relaxation must be"),  # type: ignore[arg-type]
         (lambda: chosen("0").parameters(nn.Linear(1, 1)), "no parameter of 0 requires grad"),
