@@ -25,11 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from bilevel.outer_optimizer import optimizer_step
-from bilevel.selection import Gated, Scope, Selection, discretize, in_order
+from bilevel.selection import (
+    Gated,
+    Relaxation,
+    Scope,
+    Selection,
+    discretize,
+    gates,
+    in_order,
+)
 
-__all__ = ["DifferentialSearch", "SearchState", "gates"]
+__all__ = ["DifferentialSearch", "SearchState"]
 
-Relaxation = Literal["softmax", "sigmoid"]
 Loss = Callable[[Any], Tensor]
 Batches = Callable[[int], Any]
 
@@ -52,19 +59,6 @@ class SearchState(TypedDict):
     history: list[Tensor]
 
 
-def gates(logits: Tensor, relaxation: Relaxation = "softmax") -> Tensor:
-    """Return G of α, shape (layers, modules): rows that sum to one, or independent sigmoids.
-
-    Raises:
-        ValueError: α is no matrix, or an unknown relaxation.
-    """
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be a matrix, but have shape {tuple(logits.shape)}.")
-    if relaxation not in ("softmax", "sigmoid"):
-        raise ValueError(f"relaxation must be 'softmax' or 'sigmoid', but got {relaxation!r}.")
-    return torch.softmax(logits, dim=1) if relaxation == "softmax" else torch.sigmoid(logits)
-
-
 @dataclass(frozen=True)
 class DifferentialSearch:
     """Search for the modules that are worth adapting.
@@ -80,9 +74,8 @@ class DifferentialSearch:
         warm_up: steps of θ before α moves: at B = 0 the first-order gradient of α is exactly zero.
         lr: of Adam on θ, and the step ξ of "finite_difference".
         gate_lr: of the rule of α.
-        gate_rule: "adam", betas (.5, .999), which is usual in differentiable search; or "sgd", under
-            which α is the sum of its gradients, so that a module whose gradient is noise stays
-            behind one whose gradient is large.
+        gate_rule: "adam", betas (.5, .999), which is usual in differentiable search; or "sgd",
+            under which α is the sum of its gradients: one that is small noise moves little.
         relaxation: of the gates.
         hypergradient: "first_order" takes ∂L_val/∂α; "finite_difference" adds the response of one
             step of length `lr` by a central difference (Liu et al., DARTS, 2019); "score" leaves
@@ -213,10 +206,9 @@ class DifferentialSearch:
         if self._scoring:
             after["scores"] = moved = state["scores"] - found
         else:
-            values, after["optimizer"] = optimizer_step(
-                _adam if self.gate_rule == "adam" else torch.optim.SGD, {"logits": state["logits"]}, {"logits": found}, {"logits": self.gate_lr},
-                state["optimizer"],
-            )  # fmt: skip
+            rule = _adam if self.gate_rule == "adam" else torch.optim.SGD
+            moving = ({"logits": state["logits"]}, {"logits": found}, {"logits": self.gate_lr})
+            values, after["optimizer"] = optimizer_step(rule, *moving, state["optimizer"])
             after["logits"] = moved = values["logits"]
         after["history"] = [*state["history"], moved]
         return after

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 
 __all__ = [
     "Gated",
+    "Relaxation",
     "Scope",
     "Selection",
     "discretize",
+    "gates",
     "in_order",
     "layer_rows",
     "of_modules",
     "stability",
 ]
 
+Relaxation = Literal["softmax", "sigmoid"]
 Scope = Literal["row", "global", "budget"]
 T = TypeVar("T")
 
@@ -84,6 +87,19 @@ def in_order(modules: Mapping[str, Gated], rows: Sequence[Sequence[str]]) -> lis
     if closed:
         raise TypeError(f"modules must have a gate, but {', '.join(closed)} have none.")
     return [modules[name] for name in flat]
+
+
+def gates(logits: Tensor, relaxation: Relaxation = "softmax") -> Tensor:
+    """Return G of α, shape (layers, modules): rows that sum to one, or independent sigmoids.
+
+    Raises:
+        ValueError: α is no matrix, or an unknown relaxation.
+    """
+    if logits.dim() != 2:
+        raise ValueError(f"logits must be a matrix, but have shape {tuple(logits.shape)}.")
+    if relaxation not in ("softmax", "sigmoid"):
+        raise ValueError(f"relaxation must be 'softmax' or 'sigmoid', but got {relaxation!r}.")
+    return torch.softmax(logits, dim=1) if relaxation == "softmax" else torch.sigmoid(logits)
 
 
 def discretize(

@@ -33,6 +33,7 @@ from adapters.finetune import DECAY, head_of, learning_rate
 from adapters.method import Batch, State
 from adapters.reparam import Reparam, attach, detach, maps, replaced, share
 from adapters.tasks import Split
+from adapters.tasks.make import halves
 from adapters.weights.eva import EVA
 from adapters.weights.hut import HUT
 from adapters.weights.lora import LoRA
@@ -147,7 +148,9 @@ class DiffoRA(WeightAdapter):
         self.memory["search"] = self._search({}).init(self.rows, like.detach())
         head = model.get_submodule(head_of(model))
         self.memory["head"] = checkpoint.copy(dict(head.state_dict()))
-        self._sides = _halves(self.setting.task.split("train"), self.setting.seed)
+        self._sides = halves(
+            self.setting.task.split("train"), derive_seed(self.setting.seed, "halves")
+        )
 
     def pool(self, phase: str) -> Split:
         """The first half of the training split in the search, all of it afterwards."""
@@ -304,19 +307,3 @@ class DiffoRA(WeightAdapter):
         order = torch.randperm(len(split["y"]), generator=torch.Generator().manual_seed(seed))
         rows = order[: self.batch_size(hparams)].to(split["y"].device)
         return {**{k: v[rows] for k, v in split.items()}, "step": step, "phase": "search"}
-
-
-def _halves(split: Split, seed: int) -> tuple[Split, Split]:
-    """Return two halves of a split with the same share of each class, up to a sample.
-
-    Raises:
-        ValueError: fewer than two samples.
-    """
-    y = split["y"].cpu()
-    if len(y) < 2:
-        raise ValueError(f"the search needs at least 2 training samples, but got {len(y)}.")
-    generator = torch.Generator().manual_seed(derive_seed(seed, "halves"))
-    order = torch.randperm(len(y), generator=generator)
-    order = order[y[order].argsort(stable=True)]
-    one, two = ({k: v[o.to(v.device)] for k, v in split.items()} for o in (order[::2], order[1::2]))
-    return one, two

@@ -61,7 +61,7 @@ def main(parts: list[str]) -> None:
             seeds = list(range(SEEDS[part]))
             found = run_case(CASES[part], seeds, random, oracle=part != "stories")
         stored = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps({**stored, part: found, "torch": torch.__version__}, indent=1))
+        path.write_text(json.dumps({**stored, part: found, "torch": torch.__version__}))
     stored = json.loads(path.read_text())
     (RESULTS / "diffora.md").write_text(page(stored))
     draw(stored)

@@ -14,6 +14,11 @@ import torch
 __all__ = ["draw", "page"]
 
 ROOT = Path(__file__).parents[2]
+NAMES = {
+    "rotated": "digits, turned",
+    "shifted": "digits, other classes",
+    "stories": "stories260K to Shakespeare",
+}
 TITLES = {
     "rotated": """## A digits transformer turned by 90 degrees
 
@@ -53,7 +58,7 @@ by chance 0.33.
 ## How the real cases are measured
 
 LoRA of rank 6 at scale 2 on the chosen modules. ρ is a share of the *parameters* that rank 6 on all modules would have: modules
-are taken by score while they fit, so that all rows but the last two train about as many; "K a row" takes ⌊ρN⌋, at least one, of
+are taken by score while they fit, so that all rows but the first and the last train about as many; "K a row" takes ⌊ρN⌋, at least one, of
 each layer instead. Search: Adam at 5e-3 on θ with one half of the training samples, at 2e-2 on α with the other, warm-up 20
 steps; the chosen modules are adapted anew on all training samples by Adam with linear decay. Nothing is chosen on test samples
 but the oracle's modules. Mean ± standard deviation over the seeds, of which each has its own split and draws (the pretrained
@@ -127,7 +132,7 @@ def draw(stored: dict[str, Any]) -> None:
     axes[-1].set_title(axes[-1].get_title() + "; red: chosen at ρ = 1/6", fontsize=9)
     top.colorbar(image, ax=list(axes), shrink=0.8)
     panels = bottom.subplots(1, 3)
-    for axis, case in zip(panels, ("rotated", "shifted", "stories"), strict=True):
+    for axis, case in zip(panels, NAMES, strict=True):
         bars(axis, [run for run in stored[case]["runs"] if run["share"]], case)
     figure.savefig(ROOT / "docs" / "figures" / "diffora.png", dpi=130)
 
@@ -148,5 +153,5 @@ def bars(axis: Any, runs: list[dict[str, Any]], case: str) -> None:
     axis.set_xlabel(
         "test loss, nats a token" if case == "stories" else "test accuracy, %", fontsize=8
     )
-    axis.set_title(f"{case}, ρ = 1/6", fontsize=9)
+    axis.set_title(f"{NAMES[case]}, ρ = 1/6", fontsize=9)
     axis.grid(axis="x", alpha=0.3)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from adapters import Trainer, artifacts, registry, tasks
 from adapters.reparam import attach, maps, share
+from adapters.tasks.make import halves
 from adapters.weights import SORSA, LoRA
-from adapters.weights.diffora import DiffoRA, _halves
+from adapters.weights.diffora import DiffoRA
 from bilevel import Descent, Float, SelfTuning, Space, tune
 from bilevel.balanced_ema import BalancedEMA, Fixed
 from bilevel.selection import of_modules
@@ -108,7 +109,7 @@ def test_the_search_is_evaluated_at_its_gates() -> None:
 
 def test_halves_are_disjoint_and_stratified_and_hold_training_samples_only() -> None:
     split = {**TASK.split("train"), "number": torch.arange(100)}
-    one, two = _halves(split, seed=3)
+    one, two = halves(split, seed=3)
     assert sorted([*one["number"].tolist(), *two["number"].tolist()]) == list(range(100))
     counts = [half["y"].bincount(minlength=5) for half in (one, two)]
     assert (counts[0] - counts[1]).abs().max() <= 1
@@ -259,8 +260,8 @@ def test_a_rank_that_does_not_fit() -> None:
 
 
 def test_a_single_training_sample() -> None:
-    with pytest.raises(ValueError, match="at least 2 training samples, but got 1"):
-        _halves({"x": torch.zeros(1, 2), "y": torch.zeros(1, dtype=torch.int64)}, 0)
+    with pytest.raises(ValueError, match="at least 2 samples, but got 1"):
+        halves({"x": torch.zeros(1, 2), "y": torch.zeros(1, dtype=torch.int64)}, 0)
 
 
 def test_nan_on_the_half_of_the_gates_is_named_and_nothing_is_lost() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from adapters.reparam import attach, maps
 from adapters.weights import HUT, LoRA
 from benchmarks.core.diffora_planted import planted
-from bilevel.diffora import DifferentialSearch, SearchState, gates
-from bilevel.selection import Selection, discretize, layer_rows, of_modules, stability
+from bilevel.diffora import DifferentialSearch, SearchState
+from bilevel.selection import Selection, discretize, gates, layer_rows, of_modules, stability
 
 D = torch.float64
 ROWS = [["0", "2"]]
