@@ -165,5 +165,5 @@ def bars(axis: Any, runs: list[dict[str, Any]], case: str) -> None:
     axis.set_xlabel(
         "test loss, nats a token" if case == "stories" else "test accuracy, %", fontsize=8
     )
-    axis.set_title(f"{NAMES[case]}, ρ = 1/6", fontsize=9)
+    axis.set_title(f"{NAMES[case]}, ρ = 1/6", fontsize=9, loc="right")
     axis.grid(axis="x", alpha=0.3)
