@@ -22,6 +22,7 @@ _MODULES = {
     "bang": "adapters.robustness.bang:BANG",
     "compander": "adapters.objectives.compander:CompandedNetwork",
     "dct_adamw": "adapters.optimizers.dct_adamw:DCTAdamW",
+    "diffora": "adapters.weights.diffora:DiffoRA",
     "eata": "adapters.robustness.eata:EATA",
     "eva": "adapters.weights.eva:EVAMethod",
     "exact_augmented_lagrangian": "adapters.solvers.augmented_lagrangian:ExactAugmentedLagrangian",

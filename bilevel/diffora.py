@@ -10,117 +10,72 @@ adapted anew.  Works over anything with a `gate`: every weight map of `adapters.
 Only the abstract of the paper and a summary could be read: relaxation, update and discretization
 are the standard form of differentiable search (derived), and whether the paper uses softmax rows or
 sigmoids is open.  Score, the gradient of the validation loss in the gates at G = 1, is a simpler
-selector that was at least as good in small studies.
+selector (derived) that costs the same.
 
 Source: Jiang, Wang and Yuan, DiffoRA, arXiv 2502.08905.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DifferentialSearch", "Gated", "Selection", "discretize", "gates", "stability"]
+from bilevel.outer_optimizer import optimizer_step
+from bilevel.selection import (
+    Gated,
+    Relaxation,
+    Scope,
+    Selection,
+    discretize,
+    gates,
+    in_order,
+)
 
-Relaxation = Literal["softmax", "sigmoid"]
+__all__ = ["DifferentialSearch", "SearchState"]
+
 Loss = Callable[[Any], Tensor]
+Batches = Callable[[int], Any]
 
 
-class Gated(Protocol):
-    """Anything that can be switched: 1 on, 0 off, and differentiable between."""
-
-    gate: float | Tensor
-
-
-def gates(logits: Tensor, relaxation: Relaxation = "softmax") -> Tensor:
-    """Return G of α, shape (layers, modules): rows that sum to one, or independent sigmoids.
-
-    Raises:
-        ValueError: α is no matrix, or an unknown relaxation.
-    """
-    if logits.dim() != 2:
-        raise ValueError(f"logits must be a matrix, but have shape {tuple(logits.shape)}.")
-    if relaxation not in ("softmax", "sigmoid"):
-        raise ValueError(f"relaxation must be 'softmax' or 'sigmoid', but got {relaxation!r}.")
-    return torch.softmax(logits, dim=1) if relaxation == "softmax" else torch.sigmoid(logits)
-
-
-def discretize(scores: Tensor, share: float, scope: Literal["row", "global"] = "row") -> Tensor:
-    """Return a mask of the best share of the modules.
-
-    K = max(1, ⌊ρ N⌋) in each row, or max(1, ⌊ρ L N⌋) of all; ties go to the lower layer and module.
-
-    Args:
-        scores: α or other scores, shape (layers, modules).
-        share: ρ in (0, 1].
-        scope: "row" keeps K in every layer, "global" may leave a layer empty.
-
-    Raises:
-        ValueError: ρ outside (0, 1], NaN scores, or an unknown scope.
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share must lie in (0, 1], but got {share}.")
-    if scores.dim() != 2 or scores.isnan().any():
-        raise ValueError("scores must be a matrix without NaN.")
-    if scope not in ("row", "global"):
-        raise ValueError(f"scope must be 'row' or 'global', but got {scope!r}.")
-    rows = scores.detach() if scope == "row" else scores.detach().reshape(1, -1)
-    count = max(1, math.floor(share * rows.shape[1] + 1e-9))
-    mask = torch.zeros_like(rows, dtype=torch.bool)
-    mask.scatter_(1, rows.argsort(dim=1, descending=True, stable=True)[:, :count], True)
-    return mask.view(scores.shape)
-
-
-def stability(masks: Sequence[Tensor]) -> float:
-    """Return the mean Jaccard index of pairs of selections; below .4 they are mostly noise.
-
-    Raises:
-        ValueError: fewer than two selections.
-    """
-    if len(masks) < 2:
-        raise ValueError(f"stability compares at least two selections, but got {len(masks)}.")
-    found = [
-        float((a & b).sum() / (a | b).sum().clamp(min=1))
-        for a, b in itertools.combinations(masks, 2)
-    ]
-    return sum(found) / len(found)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What a search found.
+class SearchState(TypedDict):
+    """All that moves in a search; tensors and plain data, so that `torch.save` takes it.
 
     Attributes:
-        logits: α, shape (layers, modules); for the score selector the accumulated scores.
-        mask: the kept modules.
-        names: of the kept modules.
-        history: α after each outer step, shape (steps, layers, modules).
+        step: steps of θ done.
+        logits: α, shape (layers, modules).
+        scores: accumulated −∂L_val/∂G at G = 1, for the score selector.
+        optimizer: of α; None before its first step.
+        history: α, or the scores, after each step of it.
     """
 
+    step: int
     logits: Tensor
-    mask: Tensor
-    names: list[str]
-    history: Tensor
+    scores: Tensor
+    optimizer: dict[str, Any] | None
+    history: list[Tensor]
 
 
 @dataclass(frozen=True)
 class DifferentialSearch:
     """Search for the modules that are worth adapting.
 
-        rows = [["0"], ["2"]]  # names of modules, one row a layer
+        rows = [["0"], ["2"]]  # names of modules, one row a layer; or layer_rows(maps(model))
         found = DifferentialSearch()(maps(model), rows, params, loss, train, val, share=0.5)
+
+    `init`, `step`, `gates` and `selection` are the pieces of that call for loops of your own, with
+    an explicit state: stored and restored, the search goes on with the same numbers.
 
     Attributes:
         steps: steps of θ.
         warm_up: steps of θ before α moves: at B = 0 the first-order gradient of α is exactly zero.
-        lr: of Adam on θ.
-        gate_lr: of Adam on α, betas (.5, .999).
+        lr: of Adam on θ, and the step ξ of "finite_difference".
+        gate_lr: of the rule of α.
+        gate_rule: "adam", betas (.5, .999), which is usual in differentiable search; or "sgd",
+            under which α is the sum of its gradients: one that is small noise moves little.
         relaxation: of the gates.
         hypergradient: "first_order" takes ∂L_val/∂α; "finite_difference" adds the response of one
             step of length `lr` by a central difference (Liu et al., DARTS, 2019); "score" leaves
@@ -135,9 +90,10 @@ class DifferentialSearch:
     warm_up: int = 20
     lr: float = 5e-3
     gate_lr: float = 2e-2
+    gate_rule: Literal["adam", "sgd"] = "adam"
     relaxation: Relaxation = "softmax"
     hypergradient: Literal["first_order", "finite_difference", "score"] = "first_order"
-    scope: Literal["row", "global"] = "row"
+    scope: Scope = "row"
 
     def __post_init__(self) -> None:
         if not 0 <= self.warm_up < self.steps:
@@ -146,8 +102,12 @@ class DifferentialSearch:
             )
         if not self.lr > 0 or not self.gate_lr > 0:
             raise ValueError(f"rates must be positive, but got {self.lr} and {self.gate_lr}.")
+        if self.gate_rule not in ("adam", "sgd"):
+            raise ValueError(f"gate_rule must be 'adam' or 'sgd', but got {self.gate_rule!r}.")
         if self.hypergradient not in ("first_order", "finite_difference", "score"):
             raise ValueError(f"unknown hypergradient {self.hypergradient!r}.")
+        gates(torch.zeros(1, 1), self.relaxation)
+        discretize(torch.zeros(1, 1), 1.0, self.scope, torch.ones(1, 1))
 
     def __call__(
         self,
@@ -155,12 +115,13 @@ class DifferentialSearch:
         rows: Sequence[Sequence[str]],
         params: Sequence[nn.Parameter],
         loss: Loss,
-        train: Callable[[int], Any],
-        val: Callable[[int], Any],
+        train: Batches,
+        val: Batches,
         *,
         share: float,
+        sizes: Tensor | None = None,
     ) -> Selection:
-        """Train θ and α in turn, and select.
+        """Train θ and α in turn, and select; the gates are at one afterwards.
 
         Args:
             modules: gated modules by name.
@@ -170,115 +131,166 @@ class DifferentialSearch:
             train: step -> training batch.
             val: step -> validation batch; never of training samples.
             share: ρ.
+            sizes: see `discretize`.
 
         Raises:
-            ValueError: rows of different lengths, an unknown or repeated name, no parameter, or
-                gates that the loss does not depend on.
-            FloatingPointError: a loss is not finite.
+            ValueError: no module, rows of different lengths, an unknown or repeated name, no
+                parameter, or gates that the loss does not depend on.
+            TypeError: a module without a gate.
+            FloatingPointError: a loss is not finite; θ holds its last finite values.
         """
-        flat = _checked(modules, rows, params)
-        discretize(torch.zeros(len(rows), len(rows[0])), share, self.scope)
-        like = params[0]
-        logits = torch.zeros(len(rows), len(rows[0]), dtype=like.dtype, device=like.device)
-        scores, history = torch.zeros_like(logits), []
+        gated = in_order(modules, rows)
+        if not params or not all(p.requires_grad for p in params):
+            raise ValueError("params must hold parameters that require grad.")
+        state = self.init(rows, params[0])
+        discretize(state["logits"], share, self.scope, sizes)
         inner = torch.optim.Adam(params, self.lr)
-        outer = torch.optim.Adam([logits.requires_grad_()], self.gate_lr, betas=(0.5, 0.999))
         try:
             for step in range(self.steps):
-                if step >= self.warm_up:
-                    if self.hypergradient == "score":
-                        scores -= self._outer(flat, modules, logits, params, loss, train, val, step)
-                    else:
-                        logits.grad = self._outer(
-                            flat, modules, logits, params, loss, train, val, step
-                        )
-                        outer.step()
-                    history.append((scores if self._scoring else logits.detach()).clone())
-                self._set(flat, modules, self._gates(logits).detach())
-                found = torch.autograd.grad(_finite(loss(train(step))), params)
-                for parameter, gradient in zip(params, found, strict=True):
+                state = self.step(state, gated, params, loss, train, val)
+                _set(gated, self.gates(state))
+                value = _finite(loss(train(step)), "training", step)
+                for parameter, gradient in zip(
+                    params, torch.autograd.grad(value, params), strict=True
+                ):
                     parameter.grad = gradient
                 inner.step()
         finally:
-            for name in flat:
-                modules[name].gate = 1.0
+            for each in gated:
+                each.gate = 1.0
             inner.zero_grad()
-        result = scores if self._scoring else logits.detach()
-        mask = discretize(result, share, self.scope)
+        return self.selection(state, rows, share, sizes)
+
+    def init(self, rows: Sequence[Sequence[str]], like: Tensor) -> SearchState:
+        """Return the state before the first step: α = 0, in the dtype and device of a tensor."""
+        zeros = torch.zeros(len(rows), len(rows[0]), dtype=like.dtype, device=like.device)
+        return {
+            "step": 0, "logits": zeros, "scores": zeros.clone(), "optimizer": None, "history": [],
+        }  # fmt: skip
+
+    def gates(self, state: SearchState) -> Tensor:
+        """Return the gates at which θ is trained, shape (layers, modules), without gradient."""
+        if self._scoring:
+            return torch.ones_like(state["logits"])
+        return gates(state["logits"], self.relaxation)
+
+    def step(
+        self,
+        state: SearchState,
+        gated: Sequence[Gated],
+        params: Sequence[nn.Parameter],
+        loss: Loss,
+        train: Batches,
+        val: Batches,
+    ) -> SearchState:
+        """Move α by one step, once the warm-up is over; the arguments but the gates stay.
+
+        Args:
+            state: where the search stands.
+            gated: the modules in the order of the matrix, row by row; their gates change.
+            params: θ.
+            loss: see `__call__`.
+            train: step -> training batch; "finite_difference" alone needs it.
+            val: step -> validation batch.
+
+        Raises:
+            ValueError: gates that the loss does not depend on.
+            FloatingPointError: a loss is not finite.
+        """
+        step = state["step"]
+        after: SearchState = {**state, "step": step + 1}
+        if step < self.warm_up:
+            return after
+        with torch.enable_grad():
+            found = self._hypergradient(state["logits"], gated, params, loss, train, val, step)
+        if self._scoring:
+            after["scores"] = moved = state["scores"] - found
+        else:
+            rule = _adam if self.gate_rule == "adam" else torch.optim.SGD
+            moving = ({"logits": state["logits"]}, {"logits": found}, {"logits": self.gate_lr})
+            values, after["optimizer"] = optimizer_step(rule, *moving, state["optimizer"])
+            after["logits"] = moved = values["logits"]
+        after["history"] = [*state["history"], moved]
+        return after
+
+    def selection(
+        self,
+        state: SearchState,
+        rows: Sequence[Sequence[str]],
+        share: float,
+        sizes: Tensor | None = None,
+    ) -> Selection:
+        """Return the best share of the modules at a state; see `discretize`."""
+        result = state["scores"] if self._scoring else state["logits"]
+        return self.selected(state, rows, discretize(result, share, self.scope, sizes))
+
+    def selected(
+        self, state: SearchState, rows: Sequence[Sequence[str]], mask: Tensor
+    ) -> Selection:
+        """Return a selection made at a state."""
+        result = state["scores"] if self._scoring else state["logits"]
+        flat = [name for row in rows for name in row]
         names = [name for name, kept in zip(flat, mask.flatten().tolist(), strict=True) if kept]
-        return Selection(result, mask, names, torch.stack(history))
+        history = torch.stack(state["history"]) if state["history"] else result[None][:0]
+        return Selection(result, mask, names, history)
 
     @property
     def _scoring(self) -> bool:
         return self.hypergradient == "score"
 
-    def _gates(self, logits: Tensor) -> Tensor:
-        return torch.ones_like(logits) if self._scoring else gates(logits, self.relaxation)
-
-    def _set(self, flat: Sequence[str], modules: Mapping[str, Gated], values: Tensor) -> None:
-        for name, value in zip(flat, values.flatten(), strict=True):
-            modules[name].gate = value
-
-    def _outer(
+    def _hypergradient(
         self,
-        flat: Sequence[str],
-        modules: Mapping[str, Gated],
-        logits: Tensor,
+        at: Tensor,
+        gated: Sequence[Gated],
         params: Sequence[nn.Parameter],
         loss: Loss,
-        train: Callable[[int], Any],
-        val: Callable[[int], Any],
+        train: Batches,
+        val: Batches,
         step: int,
     ) -> Tensor:
         """Return the gradient of the validation loss in α, or in the gates for the score."""
-        if self._scoring:
+        logits = at.detach().clone().requires_grad_()
+
+        def gradient(batch: Any, split: str, *more: Tensor) -> list[Tensor]:
             ones = torch.ones_like(logits).requires_grad_()
-            self._set(flat, modules, ones)
-            return _gradient(_finite(loss(val(step))), [ones])[0]
+            values = ones if self._scoring else gates(logits, self.relaxation)
+            _set(gated, values)
+            inputs = [ones if self._scoring else logits, *more]
+            return _gradient(_finite(loss(batch), split, step), inputs)
 
-        def gradient(batch: Any) -> Tensor:
-            self._set(flat, modules, gates(logits, self.relaxation))
-            return _gradient(_finite(loss(batch)), [logits])[0]
-
-        if self.hypergradient == "first_order":
-            return gradient(val(step))
+        if self.hypergradient != "finite_difference":
+            return gradient(val(step), "validation")[0]
         saved = [p.detach().clone() for p in params]
-        self._set(flat, modules, gates(logits, self.relaxation).detach())
-        moved = torch.autograd.grad(_finite(loss(train(step))), params)
-        _write(params, [w - self.lr * g for w, g in zip(saved, moved, strict=True)])
-        self._set(flat, modules, gates(logits, self.relaxation))
-        direct, *response = _gradient(_finite(loss(val(step))), [logits, *params])
-        norm = torch.sqrt(torch.stack([g.square().sum() for g in response]).sum())
-        epsilon = 0.01 / float(norm.clamp(min=1e-12))
-        ends = []
-        for sign in (1.0, -1.0):
-            _write(params, [w + sign * epsilon * g for w, g in zip(saved, response, strict=True)])
-            ends.append(gradient(train(step)))
-        _write(params, saved)
+        try:
+            forward = gradient(train(step), "training", *params)[1:]
+            _write(params, [w - self.lr * g for w, g in zip(saved, forward, strict=True)])
+            direct, *response = gradient(val(step), "validation", *params)
+            norm = torch.sqrt(torch.stack([g.square().sum() for g in response]).sum())
+            epsilon = 0.01 / float(norm.clamp(min=1e-12))
+            ends = []
+            for sign in (1.0, -1.0):
+                moved = [w + sign * epsilon * g for w, g in zip(saved, response, strict=True)]
+                _write(params, moved)
+                ends.append(gradient(train(step), "training")[0])
+        finally:
+            _write(params, saved)
         return direct - self.lr * (ends[0] - ends[1]) / (2 * epsilon)
 
 
-def _checked(
-    modules: Mapping[str, Gated], rows: Sequence[Sequence[str]], params: Sequence[nn.Parameter]
-) -> list[str]:
-    if not rows or len({len(row) for row in rows}) != 1 or not rows[0]:
-        raise ValueError(
-            f"rows must be of one length of at least 1, but have {[len(r) for r in rows]}."
-        )
-    flat = [name for row in rows for name in row]
-    unknown = [name for name in flat if name not in modules]
-    if unknown or len(set(flat)) != len(flat):
-        raise ValueError(
-            f"rows must name each module once; unknown: {unknown}, known: {', '.join(modules)}."
-        )
-    if not params or not all(p.requires_grad for p in params):
-        raise ValueError("params must hold parameters that require grad.")
-    return flat
+def _adam(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.Adam(groups, betas=(0.5, 0.999))
 
 
-def _finite(loss: Tensor) -> Tensor:
+def _set(gated: Sequence[Gated], values: Tensor) -> None:
+    for each, value in zip(gated, values.flatten(), strict=True):
+        each.gate = value
+
+
+def _finite(loss: Tensor, split: str, step: int) -> Tensor:
     if not loss.detach().isfinite().all():
-        raise FloatingPointError(f"the loss is {float(loss.detach())}.")
+        raise FloatingPointError(
+            f"the {split} loss of the search is {float(loss.detach())} at step {step}."
+        )
     return loss
 
 

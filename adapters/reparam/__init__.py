@@ -11,8 +11,18 @@ The maps are parametrizations of `torch.nn.utils.parametrize`, so that `torch.fu
 backward, hypergradients, `state_dict` and `copy.deepcopy` work as on any module.
 """
 
-from adapters.reparam.attach import adaptable, attach, configured, maps, merge, n_trained, replaced
+from adapters.reparam.attach import (
+    adaptable,
+    attach,
+    configured,
+    detach,
+    maps,
+    merge,
+    n_trained,
+    replaced,
+)
 from adapters.reparam.base import Parts, Reparam, Start, WeightMap
+from adapters.reparam.sharing import share
 
 __all__ = [
     "Parts",
@@ -22,8 +32,10 @@ __all__ = [
     "adaptable",
     "attach",
     "configured",
+    "detach",
     "maps",
     "merge",
     "n_trained",
     "replaced",
+    "share",
 ]

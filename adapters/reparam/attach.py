@@ -17,7 +17,17 @@ from adapters.functional import own_class, parametrized
 from adapters.reparam.base import Fold, Reparam, Start, WeightMap, as_matrix
 from adapters.reparam.calibrate import Calibrate, collect
 
-__all__ = ["Place", "adaptable", "attach", "configured", "maps", "merge", "n_trained", "replaced"]
+__all__ = [
+    "Place",
+    "adaptable",
+    "attach",
+    "configured",
+    "detach",
+    "maps",
+    "merge",
+    "n_trained",
+    "replaced",
+]
 
 
 class Place(NamedTuple):
@@ -128,8 +138,21 @@ def merge(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model carries no weight maps.
     """
+    return _without_maps(model, "merge", keep=True)
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Take the weight maps off: the pretrained weights again, bit for bit, in place.
+
+    Raises:
+        ValueError: the model carries no weight maps.
+    """
+    return _without_maps(model, "detach", keep=False)
+
+
+def _without_maps(model: nn.Module, verb: str, keep: bool) -> nn.Module:
     if not maps(model):
-        raise ValueError(f"{type(model).__name__} carries no weight maps, so nothing to merge.")
+        raise ValueError(f"{type(model).__name__} carries no weight maps, so nothing to {verb}.")
     for module in list(model.modules()):
         if not parametrize.is_parametrized(module):
             continue
@@ -137,7 +160,7 @@ def merge(model: nn.Module) -> nn.Module:
             if any(isinstance(m, WeightMap) for m in each):
                 # A deep copy has the same class, from which the next line takes the property.
                 own_class(module)
-                parametrize.remove_parametrizations(module, tensor, leave_parametrized=True)
+                parametrize.remove_parametrizations(module, tensor, leave_parametrized=keep)
     return model
 
 

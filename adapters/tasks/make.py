@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adapters.tasks.task import Classification
+from adapters.tasks.task import Classification, Split
 from bilevel.checks import integer, real
 
-__all__ = ["classification", "partition", "standardized"]
+__all__ = ["classification", "halves", "partition", "standardized"]
 
 Indices = NDArray[np.int64]
 
@@ -147,3 +147,19 @@ def classification(
         n_classes=k,
         corrupted=torch.from_numpy(corrupted),
     )
+
+
+def halves(split: Split, seed: int) -> tuple[Split, Split]:
+    """Return two halves of a split with the same share of each class, up to a sample.
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    y = split["y"].cpu()
+    if len(y) < 2:
+        raise ValueError(f"two halves need at least 2 samples, but got {len(y)}.")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=generator)
+    order = order[y[order].argsort(stable=True)]
+    one, two = ({k: v[o.to(v.device)] for k, v in split.items()} for o in (order[::2], order[1::2]))
+    return one, two

@@ -87,6 +87,12 @@ LEARNERS: dict[str, Subject] = {
         registry.get("compander"), hparams={"width": 16}, smooth={"activation": "tanh"}
     ),
     "dct_adamw": _adapter("dct_adamw"),
+    "diffora": Subject(
+        registry.get("diffora"),
+        "digits_transfer",
+        {"hidden": (32, 16), "activation": "tanh"},
+        {"search_steps": 10, "warm_up": 0.3},
+    ),
     "eva": _adapter("eva", headroom=2.0),
     "finetune": _adapter("finetune"),
     "frugal": _adapter("frugal", projector="columns", density=0.5, refresh=2),

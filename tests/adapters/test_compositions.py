@@ -60,11 +60,7 @@ def test_averages_over_the_chosen_modules_alone() -> None:
         lambda step: slice(20, 40),
         share=0.4,
     )
-    chosen = {
-        n: p
-        for n, p in model.named_parameters()
-        if p.requires_grad and n.split(".")[0] in found.names
-    }
+    chosen = found.parameters(model)
     rest = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in chosen}
     assert len(found.names) == 1
     ema = BalancedEMA(chosen, Fixed(0.5))
