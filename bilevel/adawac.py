@@ -6,7 +6,9 @@
 Mirror ascent in β, any descent in θ; θ moves with the updated β.  The inner maximum is known
 (derived): P(θ) = (1/n) Σ_i max(ℓ_CE,i, ℓ_AC,i), with β_i = 1 where the supervised loss is larger.
 So the scale of ℓ_AC is a threshold, too: it must lie between the losses of the two groups.  A wrong
-label has a large ℓ_CE and is kept: this is no filter of label noise.
+label has a large ℓ_CE and is kept: this is no filter of label noise.  β is a box of n independent
+weights, not a simplex over samples: it does not compose with `bilevel.reweighting`, and each
+refuses what the other returns.
 
 The logit form cannot overflow; the published ratio form can, and stores the NaN.
 
@@ -17,7 +19,9 @@ Source: Dong, Xie and Ward, Adaptively weighted data augmentation consistency re
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +70,9 @@ class SaddleWeights(nn.Module):
             none.
         burn_in: calls in which β does not move yet: at first every loss is large.
 
+    Samples that never come keep `init`.  A state of another number of samples, or one that is not
+    finite, is refused by `load_state_dict`, and nothing has moved then.
+
     Raises:
         ValueError: a count below 1, a negative step, init outside (0, 1), a clamp that is not
             positive or below |logit init|, or a negative burn-in.
@@ -100,6 +107,7 @@ class SaddleWeights(nn.Module):
         self.register_buffer("logits", torch.full((n,), start, dtype=torch.float64))
         self.register_buffer("visits", torch.zeros(n, dtype=torch.int64))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
 
     def forward(self, index: Tensor, supervised: Tensor, consistency: Tensor) -> Tensor:
         """Take a mirror step and return mean_b [β ℓ_CE + (1 − β) ℓ_AC] with the new β.
@@ -129,7 +137,14 @@ class SaddleWeights(nn.Module):
         return mixed(self.beta(index), supervised, consistency)
 
     def beta(self, index: Tensor | None = None) -> Tensor:
-        """Return β of some samples, or of all."""
+        """Return β of some samples, or of all.
+
+        Raises:
+            TypeError: indices that are no integers.
+            ValueError: an index outside 0 ... n − 1.
+        """
+        if index is not None:
+            self._check_index(index)
         return torch.sigmoid(self.logits if index is None else self.logits[index])
 
     def add(self, increments: Tensor) -> None:
@@ -164,8 +179,7 @@ class SaddleWeights(nn.Module):
         )
 
     def _check(self, index: Tensor, supervised: Tensor, consistency: Tensor) -> None:
-        if index.dtype != torch.int64:
-            raise TypeError(f"index must be int64, but got {index.dtype}.")
+        self._check_index(index)
         for name, value in (("supervised", supervised), ("consistency", consistency)):
             if value.shape != index.shape or index.dim() != 1:
                 raise ValueError(
@@ -177,11 +191,33 @@ class SaddleWeights(nn.Module):
                 raise FloatingPointError(
                     f"{name} is not finite for samples {index[~finite].tolist()}."
                 )
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < len(self.logits):
+
+    def _check_index(self, index: Tensor) -> None:
+        if not isinstance(index, Tensor) or index.dtype != torch.int64:
+            found = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(
+                f"index must be an int64 tensor with the number of each sample in the data set, "
+                f"but got {found}."
+            )
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < len(self.logits):
             raise ValueError(
                 f"index must lie in 0 ... {len(self.logits) - 1}, but got {int(index.min())} ... "
                 f"{int(index.max())}."
             )
+
+
+def _check_state(weights: SaddleWeights, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Refuse a state of another data set before any of it is copied."""
+    logits = state.get(f"{prefix}logits")
+    if logits is None:
+        return  # load_state_dict itself names what is missing
+    if logits.shape != weights.logits.shape:
+        raise ValueError(
+            f"the saved weights are of {len(logits)} samples, but the data set has "
+            f"{len(weights.logits)}: they are kept by sample index, so both must be the same."
+        )
+    if not logits.isfinite().all():
+        raise ValueError("the saved weights are not finite.")
 
 
 def mixed(beta: Tensor, supervised: Tensor, consistency: Tensor) -> Tensor:
@@ -191,12 +227,17 @@ def mixed(beta: Tensor, supervised: Tensor, consistency: Tensor) -> Tensor:
 
 
 def saddle_value(supervised: Tensor, consistency: Tensor) -> Tensor:
-    """Return P = mean max(ℓ_CE, ℓ_AC), the inner maximum."""
+    """Return P = mean max(ℓ_CE, ℓ_AC), the inner maximum; raises as `SaddleWeights`."""
+    _check_losses(supervised=supervised, consistency=consistency)
     return torch.maximum(supervised, consistency).mean()
 
 
 def best_response(supervised: Tensor, consistency: Tensor) -> Tensor:
-    """Return the maximizing β: 1 where ℓ_CE is larger, 0 where smaller, ½ at a tie."""
+    """Return the maximizing β: 1 where ℓ_CE is larger, 0 where smaller, ½ at a tie.
+
+    Raises as `SaddleWeights`.
+    """
+    _check_losses(supervised=supervised, consistency=consistency)
     return 0.5 * (1 + torch.sign(supervised - consistency))
 
 
@@ -206,8 +247,11 @@ def suggested_scale(supervised: Tensor, consistency: Tensor) -> float:
     The midpoint of the medians of the upper and the lower half of ℓ_CE, over the median of ℓ_AC.
 
     Raises:
-        ValueError: fewer than two samples, or a median of ℓ_AC that is zero.
+        ValueError: fewer than two samples, losses that are averaged already, or a median of ℓ_AC
+            that is zero.
+        FloatingPointError: a loss is not finite.
     """
+    _check_losses(supervised=supervised, consistency=consistency)
     if len(supervised) < 2:
         raise ValueError(f"supervised must hold at least two losses, but got {len(supervised)}.")
     ordered = supervised.detach().sort().values
@@ -222,20 +266,56 @@ def suggested_scale(supervised: Tensor, consistency: Tensor) -> float:
 def trimmed(losses: Tensor, ratio: float) -> Tensor:
     """Return the mean of the (1 − ratio) share of a batch with the larger losses, a baseline.
 
+    At least one sample is kept.
+
     Raises:
-        ValueError: ratio outside [0, 1).
+        ValueError: ratio outside [0, 1), losses that are averaged already, or an empty batch.
+        FloatingPointError: a loss is not finite; it would be among the largest.
     """
     if not 0 <= ratio < 1:
         raise ValueError(f"ratio must lie in [0, 1), but got {ratio}.")
+    _check_losses(losses=losses)
     kept = max(1, len(losses) - round(ratio * len(losses)))
     return losses.topk(kept).values.mean()
 
 
 def labeled(losses: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over the samples of a mask, such as those with any label; 0 without any."""
+    """Return the mean over the samples of a mask, such as those with any label, a baseline.
+
+    Losses outside the mask have no part in it, whatever they are.
+
+    Args:
+        losses: of each sample, shape (batch,).
+        mask: bool, shape (batch,); see `bilevel.dense.has_foreground`.
+
+    Raises:
+        TypeError: a mask that is not boolean.
+        ValueError: another shape, losses that are averaged already, or a mask without any sample:
+            its weights sum to zero, so there is nothing to train on; skip such a batch.
+        FloatingPointError: a loss in the mask is not finite.
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, but got {mask.dtype}.")
     if mask.shape != losses.shape:
         raise ValueError(
             f"mask must have shape {tuple(losses.shape)}, but got {tuple(mask.shape)}."
         )
-    weight = mask.to(losses)
-    return (weight * losses).sum() / weight.sum().clamp(min=1.0)
+    if losses.dim() == 1 and len(losses) and not mask.any():
+        raise ValueError("mask has no sample of the batch: the weights sum to zero; skip it.")
+    chosen = losses[mask] if losses.dim() else losses
+    _check_losses(losses=chosen)
+    return chosen.mean()
+
+
+def _check_losses(**losses: Tensor) -> None:
+    shape = next(iter(losses.values())).shape
+    for name, value in losses.items():
+        if value.dim() != 1 or not len(value) or value.shape != shape:
+            raise ValueError(
+                f"{name} must hold one loss a sample, shape {tuple(shape) or '(batch,)'}, but has "
+                f"shape {tuple(value.shape)}; use reduction='none', averaged over pixels only."
+            )
+        finite = value.detach().isfinite()
+        if not finite.all():
+            where = (~finite).nonzero().flatten().tolist()
+            raise FloatingPointError(f"{name} is not finite at the places {where} of the batch.")

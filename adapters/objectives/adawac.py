@@ -2,11 +2,12 @@
 
     loss = mean_b [β'_b ℓ_CE,b + (1 − β'_b) λ ρ(z₁, z₂)_b],   logit β' = logit β + η (ℓ_CE − λ ρ)
 
-ℓ_CE is the mean cross entropy of two noisy views, ρ one minus the cosine of their hidden features.
-Weights start at ½ and are kept by sample index.  All weights of the network are trained, nothing is
-frozen.  β' has no gradient in training and its full derivative in a hypergradient, where the
-weights at the start of the window are constant; the published objective is a min-max on one data
-set, and β itself is never tuned by a hypergradient.
+ℓ_CE is the mean loss of two noisy views, ρ one minus the cosine of their hidden features.  On masks
+both views are also turned and mirrored, and logits and features are turned back, pixel over pixel.
+Weights start at ½ and are kept by sample index; an index that occurs twice takes both steps.  All
+weights of the network are trained, nothing is frozen.  β' has no gradient in training and its full
+derivative in a hypergradient, where the weights at the start of the window are constant; the
+published objective is a min-max on one data set, and β itself is never tuned by a hypergradient.
 
 Source: Dong, Xie and Ward, ICML 2023, arXiv 2210.01891, algorithm 1; see `bilevel.adawac`.
 """
@@ -14,17 +15,17 @@ Source: Dong, Xie and Ward, ICML 2023, arXiv 2210.01891, algorithm 1; see `bilev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from adapters.losses import half_squares
 from adapters.method import Batch, Method, keep
-from adapters.networks import MLP
-from adapters.tasks import Classification
+from adapters.networks import MLP, UNet
+from adapters.tasks import Classification, Segmentation, Task
 from bilevel.adawac import mixed
+from bilevel.dense import Turns, disagreement
 from bilevel.domains import Float, Grad, Int
 from bilevel.space import Space
 
@@ -35,6 +36,7 @@ class AdaWAC(Method):
     """AdaWAC: a saddle weight per sample between labels and consistency (Dong et al., 2023)."""
 
     name = "adawac"
+    task_type: ClassVar[type[Task]] = Task  # type: ignore[type-abstract]
     space = Space(
         lr=Grad(0.05, low=1e-3, high=1.0, scale="log", doc="learning rate; smooth"),
         weight_decay=Grad(1e-4, low=1e-7, high=1e-1, scale="log", doc="L2 penalty; smooth"),
@@ -47,9 +49,20 @@ class AdaWAC(Method):
     ).own(lr="sampler", weight_step="sampler")
 
     def network(self) -> nn.Module:
-        """A perceptron with two hidden layers of 64 units, tanh."""
-        task = cast(Classification, self.setting.task)
-        return MLP(task.input_shape, task.n_classes, activation="tanh")
+        """A perceptron with two hidden layers of 64 units, tanh; a small U-Net for masks."""
+        task = self.setting.task
+        if isinstance(task, Segmentation):
+            return UNet(task.input_shape)
+        if isinstance(task, Classification):
+            return MLP(task.input_shape, task.n_classes, activation="tanh")
+        raise ValueError(
+            f"adawac needs a task of type Classification or Segmentation, but {task.name!r} is a "
+            f"{type(task).__name__}."
+        )
+
+    def batch_size(self, hparams: Mapping[str, Any]) -> int:
+        """64 samples, or 16 images with masks."""
+        return 16 if isinstance(self.setting.task, Segmentation) else 64
 
     def attach(self, model: nn.Module) -> None:
         """Start every weight at init."""
@@ -63,10 +76,11 @@ class AdaWAC(Method):
     ) -> dict[str, Tensor]:
         """The updated logits of the batch."""
         supervised, consistency = self._losses(model, hparams, batch)
-        logits = self.memory["logits"][batch["index"]]
+        logits, index = self.memory["logits"], batch["index"]
         if batch["step"] >= hparams["burn_in"]:
-            logits = logits + hparams["weight_step"] * (supervised - consistency)
-        return {"logits": logits.clamp(-hparams["clamp"], hparams["clamp"])}
+            steps = hparams["weight_step"] * (supervised - consistency)
+            logits = logits.index_add(0, index, steps)
+        return {"logits": logits[index].clamp(-hparams["clamp"], hparams["clamp"])}
 
     def loss(self, model: nn.Module, hparams: Mapping[str, Any], batch: Batch) -> Tensor:
         """mean [β' ℓ_CE + (1 − β') λ ρ]."""
@@ -87,12 +101,20 @@ class AdaWAC(Method):
     ) -> tuple[Tensor, Tensor]:
         """Return ℓ_CE and λ ρ of each sample; the views are those of the batch's seed."""
         x, generator = batch["x"], torch.Generator().manual_seed(int(batch["seed"]) % 2**63)
+        task = cast(Classification | Segmentation, self.setting.task)
+        dense, square = isinstance(task, Segmentation), x.shape[-1] == x.shape[-2]
         losses, features = [], []
         for _ in range(2):
             drawn = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
-            seen: list[Tensor] = []
-            logits = model(x + hparams["noise"] * drawn, lambda i, h, s=seen: s.append(h) or h)
-            losses.append(F.cross_entropy(logits, batch["y"], reduction="none"))
-            features.append(seen[-1])
-        consistency = 1 - F.cosine_similarity(features[0], features[1], dim=1)
-        return (losses[0] + losses[1]) / 2, hparams["consistency"] * consistency
+            view, seen = x + hparams["noise"] * drawn, list[Tensor]()
+            turns = Turns.draw(len(x), generator, square=square) if dense else None
+            logits = model(
+                view if turns is None else turns(view), lambda i, h, s=seen: s.append(h) or h
+            )
+            losses.append(
+                task.measure(logits if turns is None else turns.undo(logits), batch)["loss"]
+            )
+            features.append(seen[-1] if turns is None else turns.undo(seen[-1]))
+        return (losses[0] + losses[1]) / 2, hparams["consistency"] * disagreement(
+            features[0], features[1]
+        )
