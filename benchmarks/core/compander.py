@@ -17,7 +17,8 @@ from torch.nn import functional as F  # noqa: N812
 from adapters import registry, tasks
 from adapters.networks import MLP
 from bilevel import Descent, tune
-from bilevel.compander import WeightCompander, compand, report
+from bilevel.compander import WeightCompander, compand
+from bilevel.compander_report import report
 from hypergrad import Unrolled
 
 ROOT = Path(__file__).parents[2]
