@@ -21,7 +21,7 @@ from bilevel.run import Run
 from hypergrad import SGD, Estimator, Explicit, Identity, Implicit, Neumann, Unrolled
 from hypergrad.optimizers import Optimizer, Value
 
-BATCH, LR, KNOTS, INNER = 50, 0.02, 17, 5
+BATCH, LR, KNOTS, INNER, OUTER_LR = 50, 0.02, 17, 5, 0.05
 COSINE = [max(0.5 * LR * (1 + math.cos(math.pi * k / (KNOTS - 1))), 1e-6) for k in range(KNOTS)]
 OFF = 1.01e-7
 """A weight decay that does nothing."""
@@ -177,12 +177,12 @@ def settings(learner: Trainer) -> dict[str, list[float]]:
     """Return α, γ and the weight decay of now."""
     logs = {n: p.detach() for n, p in learner.params.items() if n.endswith((".log_a", ".log_b"))}
     values = {**learner.method.setting.constants, **learner.hparams}
-    found = {n: torch.as_tensor(values[n]).flatten() for n in ("amplitude", "gamma")}
+    found = {n: torch.as_tensor(values[n]).detach().flatten() for n in ("amplitude", "gamma")}
     if logs:
         a = torch.stack([p for n, p in logs.items() if n.endswith("a")])
         b = torch.stack([p for n, p in logs.items() if n.endswith("b")])
         found = {"amplitude": a.exp(), "gamma": (a - b).exp()}
-    found["weight_decay"] = torch.as_tensor(values["weight_decay"]).flatten()
+    found["weight_decay"] = torch.as_tensor(values["weight_decay"]).detach().flatten()
     return {n: [float(x) for x in v] for n, v in found.items()}
 
 
@@ -195,23 +195,37 @@ def run(
     width: int = 256,
     estimator: str | None = None,
     owned: tuple[str, ...] = ("amplitude", "gamma"),
-    outer_lr: float = 0.05,
+    fixed: Mapping[str, Tensor] | None = None,
     **hparams: Any,
 ) -> Outcome:
-    """Train, and tune what `owned` names where there is an estimator."""
+    """Train, and tune what `owned` names where there is an estimator.
+
+    Args:
+        task: the data.
+        seed: of weights and batches.
+        steps: training steps.
+        companded: False for the plain network.
+        width: of the hidden layers.
+        estimator: of the hypergradient; None where nothing is tuned.
+        owned: what the gradient owns.
+        fixed: values of each layer that stay.
+        **hparams: other values.
+    """
     kind: type[Companded] = Companded if companded else Plain
     names = ("amplitude", "gamma", "weight_decay")
-    moving = owned if estimator else ()
+    moving = owned if estimator else tuple(fixed or ())
     space = kind.space.own(**{n: "grad" if n in moving else "sampler" for n in names})
     learner = Trainer.of(kind)(space, horizon=steps)
-    learner.setup(task, {"weight_decay": OFF, "width": width, **hparams}, seed=seed)
+    learner.setup(
+        task, {"weight_decay": OFF, "width": width, **hparams, **(fixed or {})}, seed=seed
+    )
     looks = _Looks(learner, steps // 20)
     if estimator:
         chosen = ESTIMATORS[estimator]
         each = None if chosen.steps else INNER
         tune(
             learner,
-            Descent(chosen, lr=outer_lr, inner_steps=each, warmup=steps // 10),
+            Descent(chosen, lr=OUTER_LR, inner_steps=each, warmup=steps // 10),
             steps,
             callbacks=[looks],
         )
