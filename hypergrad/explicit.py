@@ -55,6 +55,6 @@ class Explicit(Estimator[dict[str, Any]]):
                 )
         grad = total_gradient(h, direct, [None] * len(direct), "")
         return (
-            Hypergradient(value, grad, params, None, None, 0, 1, Status.APPROXIMATE),
+            Hypergradient(value, grad, w.tree(), None, None, 0, 1, Status.APPROXIMATE),
             {},
         )
