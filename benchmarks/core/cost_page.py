@@ -46,4 +46,17 @@ on 64 tokens. A plain step takes: {plain}. Unrolled hypergradients look through 
 DiffoRA's is per step of the adapters, with a step on the gates at each.
 
 {table}
+
+What bounds it:
+
+- Compander: one elementwise function of the weights per step, and its derivative, whatever the batch: most where the weights are
+  many and the batch is small. First order adds a forward and a backward pass on validation data. One-step and unrolled
+  hypergradients are bound by double backward: a product with the Hessian takes several gradients. Kept graphs hold all
+  steps at once, replayed ones a single one.
+- AdaWAC: the second view of the consistency loss is nearly all of it; the weights themselves add a few per cent.
+- Reweighting: a few operations on one number a sample. Learned weights cost the unrolling.
+- DiffoRA: a second forward and backward pass for the gates; by finite differences four more. LoRA spares only gradients of
+  frozen weights, and the gates are scalars.
+- Balanced averages: passes over the parameters, and a copy of gradients and parameters (state 2.5 times the plain one with
+  momentum), small against what backward keeps at this batch size.
 """
