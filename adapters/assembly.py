@@ -65,6 +65,7 @@ def assemble(
     method.setting = Setting(
         task,
         {name: value for name, value in constants.items() if name not in moving},
+        {name: given.get(name, constants[name]) for name in moving},
         artifacts.resolve(kind.needs, task, seed),
         seed,
     )

@@ -95,7 +95,8 @@ def configure(
     seed = integer("seed", seed, minimum=0)
     iteration = kind()
     constants = space.validate(hparams, dtype=task.dtype, device=task.device)
-    iteration.setting = Setting(task, constants, artifacts.resolve(kind.needs, task, seed), seed)
+    frozen = artifacts.resolve(kind.needs, task, seed)
+    iteration.setting = Setting(task, constants, {}, frozen, seed)
     return iteration
 
 

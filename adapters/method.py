@@ -29,12 +29,14 @@ class Setting:
     Attributes:
         task: data and splits.
         constants: value of every active hyperparameter that the gradient does not own.
+        initial: first value of those that it owns, as given, before `Method.shapes`.
         artifacts: the frozen things named in `Method.needs`; copies of the method's own.
         seed: of the run.
     """
 
     task: Task
     constants: Mapping[str, Any]
+    initial: Mapping[str, Any]
     artifacts: Mapping[str, Any]
     seed: int
 

@@ -4,6 +4,7 @@ from hypergrad.check import check_hypergradient
 from hypergrad.compiled.report import CompileReport
 from hypergrad.conditioning import AdamConditioning, adam_conditioning
 from hypergrad.estimator import Estimator, Hypergradient
+from hypergrad.explicit import Explicit
 from hypergrad.f2sa import F2SA
 from hypergrad.finite import FiniteDifference
 from hypergrad.fixed_point import FixedPoint, FixedPointResult
@@ -72,6 +73,7 @@ __all__ = [
     "Curvature",
     "Direct",
     "Estimator",
+    "Explicit",
     "FiniteDifference",
     "FixedPoint",
     "FixedPointResult",

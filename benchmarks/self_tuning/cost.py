@@ -193,15 +193,19 @@ class Case:
         return 8 * (own + extra), sum(seen.values())
 
 
-def measure(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Return the least CPU time of each, in seconds."""
-    least = dict.fromkeys(runs, float("inf"))
+def measure(
+    runs: dict[str, Callable[[], None]],
+    repeats: int,
+    statistic: Callable[[list[float]], float] = min,
+) -> dict[str, float]:
+    """Return the least CPU time of each, or another statistic, in seconds; the first is dropped."""
+    seen: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
             start = time.process_time()
             run()
-            least[name] = min(least[name], time.process_time() - start)
-    return least
+            seen[name].append(time.process_time() - start)
+    return {name: statistic(times[1:]) for name, times in seen.items()}
 
 
 def multiples(case: Case, name: str) -> list[list[str]]:

@@ -80,7 +80,7 @@ def test_averages_over_the_chosen_modules_alone() -> None:
 @pytest.mark.parametrize(
     ("name", "tuned"),
     [
-        ("compander", "weight_decay"),
+        ("compander", "gamma"),
         ("adawac", "weight_decay"),
         ("reweighted", "weight_decay"),
         ("lora", "scale"),
