@@ -86,7 +86,8 @@ def test_averages_over_the_chosen_modules_alone() -> None:
     [
         ("compander", "weight_decay"),
         ("adawac", "weight_decay"),
-        ("reweighted", "weight_decay"),
+        ("reweighted", "temperature"),
+        ("learned_weights", "logit"),
         ("lora", "scale"),
     ],
 )
