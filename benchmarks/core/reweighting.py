@@ -1,6 +1,9 @@
 """Weights from losses and learned ones: redundant rows, wrong labels, a corpus.
 
-python -m benchmarks.core.reweighting   # benchmarks/results/reweighting.{md,json}, docs/figures/reweighting.png
+python -m benchmarks.core.reweighting [rows] [images] [language]   # all without a name
+
+Parts are kept in benchmarks/results/reweighting.json, from which benchmarks/results/reweighting.md is
+written; "language" draws docs/figures/reweighting.png.
 """
 
 # ruff: noqa: E501
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +97,25 @@ def language() -> tuple[dict[str, Any], dict[str, Any]]:
     return found, drawn
 
 
-def tables(rows: dict[str, Any], images: dict[str, Any], texts: dict[str, Any]) -> str:
-    """Return the page."""
+def tables(found: dict[str, Any]) -> str:
+    """Return the page, without the parts that were not measured."""
+    pages = {"rows": rows_table, "images": images_table, "language": language_table}
     lines = [
         "# Weights from losses, and learned ones",
         "",
         f"`python -m benchmarks.core.reweighting`, torch {torch.__version__}, one thread. Where not said otherwise r = 0.4 after 30",
         "steps at r = 100. Nothing was selected on test data, and nothing was tuned but the learned weights. ± is the standard",
         'deviation over seeds. "plain min-max": w ∝ (ℓ − min)/(max − min); "oracle": uniform over what is right, told which.',
-        "",
+    ]
+    for part, table in pages.items():
+        if part in found:
+            lines += ["", *table(found[part])]
+    return "\n".join(lines) + "\n"
+
+
+def rows_table(rows: dict[str, Any]) -> list[str]:
+    """Linear regression."""
+    lines = [
         "## Linear regression with redundant rows",
         "",
         "1,000 rows of 10 features, 800 of them near-copies of one; batches of 64, learning rate 0.05, no burn-in. Median test error",
@@ -118,8 +132,12 @@ def tables(rows: dict[str, Any], images: dict[str, Any], texts: dict[str, Any]) 
                 f"{middle:.3g}" + (f" ({low:.3g}–{high:.3g})" if name.endswith(" 50") else "")
             )
         lines.append(f"| {way} | " + " | ".join(shown) + " |")
-    lines += [
-        "",
+    return lines
+
+
+def images_table(images: dict[str, Any]) -> list[str]:
+    """Digits and MNIST."""
+    lines = [
         "## Images with wrong labels",
         "",
         f"A perceptron 64-64 (tanh), {STEPS} steps of 64 by SGD at 0.05 with momentum 0.9, weight decay 1e-4. Digits: 400 training",
@@ -137,8 +155,12 @@ def tables(rows: dict[str, Any], images: dict[str, Any], texts: dict[str, Any]) 
             for name, cell in images.items()
         ]
         lines.append(f"| {way} | " + " | ".join(shown) + " |")
-    lines += [
-        "",
+    return lines
+
+
+def language_table(texts: dict[str, Any]) -> list[str]:
+    """The corpora."""
+    lines = [
         "## Language modeling",
         "",
         "Characters of tinyshakespeare, 4,000 training windows of 48, two causal convolutions of 96 channels, "
@@ -163,7 +185,7 @@ def tables(rows: dict[str, Any], images: dict[str, Any], texts: dict[str, Any]) 
             for kind in KINDS
         ]
         lines.append(f"| {way} | " + " | ".join(shown) + " |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def draw(drawn: dict[str, Any]) -> None:
@@ -192,15 +214,20 @@ def draw(drawn: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure, write the page and draw."""
+    """Measure the parts that are named, write the page from all there are, and draw."""
     torch.set_num_threads(1)
-    results = ROOT / "benchmarks" / "results"
-    texts, drawn = language()
-    draw(drawn)
-    images, rows = wrong_labels(), redundant_rows()
-    (results / "reweighting.md").write_text(tables(rows, images, texts))
-    found = {"regression": rows, "images": images, "language": texts}
-    (results / "reweighting.json").write_text(json.dumps(found, indent=1) + "\n")
+    kept = ROOT / "benchmarks" / "results" / "reweighting.json"
+    parts = sys.argv[1:] or ["rows", "images", "language"]
+    for part in parts:
+        if part == "language":
+            found, drawn = language()
+            draw(drawn)
+        else:
+            found = {"rows": redundant_rows, "images": wrong_labels}[part]()
+        everything = json.loads(kept.read_text()) if kept.exists() else {}
+        kept.write_text(json.dumps({**everything, part: found}, indent=1) + "\n")
+    page = tables(json.loads(kept.read_text()))
+    kept.with_suffix(".md").write_text(page)
 
 
 if __name__ == "__main__":
