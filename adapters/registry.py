@@ -32,6 +32,7 @@ _MODULES = {
     "gradnormlorp": "adapters.optimizers.gradnormlorp:GradNormLoRP",
     "hut": "adapters.weights.hut:HUTMethod",
     "layer_adaptive_pruning": "adapters.pruning.rate_distortion:LayerAdaptivePruning",
+    "learned_weights": "adapters.objectives.learned_weights:LearnedSampleWeights",
     "lift": "adapters.sparse.lift:LIFT",
     "lora": "adapters.weights.lora:LoRAMethod",
     "lora_sb": "adapters.weights.lora_sb:LoRASBMethod",

@@ -13,7 +13,8 @@ set, no second forward.
     uniform     the plain mean
 
 Losses that are low say that a sample is redundant, and high ones that it is hard, or wrong: with
-wrong labels the order of the strategies reverses.
+wrong labels strategies that favor high losses lose to the plain mean.  `norm="rank"` and `cap` are
+ours.  The temperature's decay is derived: in the released code r is constant after burn-in.
 
 Source: Sow et al., Dynamic loss-based sample reweighting, ICLR 2025, arXiv 2502.06733, section 3.
 The released "uniform" strategy is none: it raises the weights of high losses.
@@ -28,9 +29,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
 
-__all__ = ["LearnedWeights", "Reweighter", "Reweighting", "Temperature", "sequence_losses"]
+from bilevel.weighing import Reweighting, gathered, scattered
+
+__all__ = ["Reweighter", "Temperature"]
 
 Strategy = Literal["linupper", "upper", "quadratic", "extremes", "uniform"]
 Norm = Literal["minmax", "rank"]
@@ -66,8 +68,10 @@ class Temperature:
     decay: int = 0
 
     def __post_init__(self) -> None:
-        if not self.end > 0 or not self.start > 0:
-            raise ValueError(f"temperatures must be positive, but got {self.end}, {self.start}.")
+        if not 0 < self.end < math.inf or not 0 < self.start < math.inf:
+            raise ValueError(
+                f"temperatures must be positive and finite, but got {self.end}, {self.start}."
+            )
         if self.burn_in < 0 or self.decay < 0:
             raise ValueError(f"steps must not be negative, but got {self.burn_in}, {self.decay}.")
 
@@ -76,23 +80,6 @@ class Temperature:
         if step < self.burn_in:
             return self.start
         return self.end * max(1.0, (self.burn_in + self.decay) / max(1, step))
-
-
-@dataclass(frozen=True)
-class Reweighting:
-    """What a batch was weighted by.
-
-    Attributes:
-        weights: w of each sample, sum 1 over the samples that count; 0 for the others.
-        effective: effective sample size 1/Σ w².
-        unweighted: the plain mean of the losses that count.
-        dropped: samples whose loss was masked or not finite.
-    """
-
-    weights: Tensor
-    effective: float
-    unweighted: float
-    dropped: int
 
 
 @dataclass(frozen=True)
@@ -133,41 +120,50 @@ class Reweighter:
             raise ValueError(f"cap must be at least 1, or no weights sum to 1, but got {self.cap}.")
 
     def __call__(
-        self, losses: Tensor, *, mask: Tensor | None = None, step: int = 0, group: Any = None
+        self,
+        losses: Tensor,
+        mask: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        step: int = 0,
+        group: Any = None,
     ) -> tuple[Tensor, Reweighting]:
-        """Return Σ w_i ℓ_i and what it was weighted by.
+        """Return Σ w_i ℓ_i and what it was weighed by.
 
         Args:
-            losses: ℓ of each sample (sequence), shape (batch,), with their graph.
+            losses: ℓ of each sample (sequence, token), shape (batch,), with their graph.
             mask: which samples count; None for all.
+            index: of the samples, only to name them in messages.
             step: for the temperature.
-            group: a process group of `torch.distributed` whose batches are weighed together; the
-                loss is then scaled for gradients that are averaged over its processes.
+            group: a process group of `torch.distributed` whose batches are weighed together, one
+                of them may be empty; the loss is then scaled for gradients that are averaged over
+                its processes.
 
         Raises:
+            TypeError: see `bilevel.weighing.gathered`.
             ValueError: losses that are averaged already, an empty batch, a mask of another shape,
                 or no sample that counts.
+            FloatingPointError: a loss is not finite; names the samples.
         """
-        _check(losses, mask)
-        counts = losses.detach().isfinite()
-        if mask is not None:
-            counts = counts & mask.bool()
-        everything, all_counts, own = _gathered(losses.detach(), counts, group)
-        if not all_counts.any():
-            raise ValueError("no sample of the batch counts: all are masked or not finite.")
-        weights = torch.zeros_like(everything)
-        weights[all_counts] = self.weights(everything[all_counts], self._at(step)).to(weights)
-        mine = weights[own]
-        scale = 1.0 if group is None else torch.distributed.get_world_size(group)
-        # A masked loss may be NaN, and 0 · NaN is NaN.
-        kept = torch.where(counts, losses, 0.0)
-        info = Reweighting(
-            mine,
-            float(1 / weights.double().square().sum()),
-            float(everything[all_counts].double().mean()),
-            int((~all_counts).sum()),
-        )
-        return scale * (mine.to(losses.dtype) * kept).sum(), info
+        info = self.weigh(losses, mask, index=index, step=step, group=group)
+        return info.loss(losses), info
+
+    def weigh(
+        self,
+        losses: Tensor,
+        mask: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        step: int = 0,
+        group: Any = None,
+    ) -> Reweighting:
+        """Return the weights of a batch, for gradients that are accumulated over micro-batches.
+
+        Weigh the detached losses of the whole batch first, then add up `Reweighting.loss` of the
+        micro-batches.  Arguments and errors of the call.
+        """
+        batch = gathered(losses, mask, index, group)
+        return scattered(batch, self.weights(batch.losses[batch.counts], self._at(step)))
 
     def weights(self, losses: Tensor, temperature: float | Tensor | None = None) -> Tensor:
         """Return w of finite losses, shape (batch,); differentiable in both arguments.
@@ -177,8 +173,19 @@ class Reweighter:
         Args:
             losses: f.
             temperature: r; None for that of step 0.
+
+        Raises:
+            ValueError: another shape, no loss, or an r that is not positive and finite.
         """
+        if losses.dim() != 1 or not len(losses):
+            raise ValueError(
+                f"losses must hold one loss a sample, shape (batch,), but got "
+                f"{tuple(losses.shape)}."
+            )
         r = self._at(0) if temperature is None else temperature
+        number = float(r.detach()) if isinstance(r, Tensor) else float(r)
+        if not 0 < number < math.inf:
+            raise ValueError(f"temperature must be positive and finite, but got {number}.")
         h = self._normalized(losses.to(torch.promote_types(losses.dtype, torch.float32)))
         w = torch.softmax(_STRATEGIES[self.strategy](h, self.delta) / r, dim=0)
         return w if self.cap is None else _capped(w, self.cap / len(w))
@@ -197,78 +204,6 @@ class Reweighter:
     def _at(self, step: int) -> float:
         r = self.temperature
         return r.at(step) if isinstance(r, Temperature) else float(r)
-
-
-class LearnedWeights:
-    """Weights σ(θ_i) of each training sample, learned by hypergradient: data cleaning.
-
-    The same call as a `Reweighter`, with θ a hyperparameter of an outer level.
-
-        weights = LearnedWeights()
-        inner = lambda params, h, batch: weights(losses(params, batch), h["theta"][batch["index"]])
-    """
-
-    def __call__(self, losses: Tensor, logits: Tensor) -> Tensor:
-        """Return mean_b σ(θ_b) ℓ_b.
-
-        Raises:
-            ValueError: losses that are averaged already, or another number of logits.
-        """
-        _check(losses, None)
-        if logits.shape != losses.shape:
-            raise ValueError(
-                f"logits must have shape {tuple(losses.shape)}, but got {tuple(logits.shape)}."
-            )
-        return (logits.sigmoid() * losses).mean()
-
-
-def sequence_losses(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Return the mean cross entropy of the active tokens of each sequence; 0 without any.
-
-    Args:
-        logits: shape (batch, length, tokens).
-        labels: shape (batch, length).
-        ignore_index: label of tokens that are not active.
-    """
-    losses = F.cross_entropy(
-        logits.transpose(1, 2), labels, reduction="none", ignore_index=ignore_index
-    )
-    active = labels != ignore_index
-    return losses.sum(dim=1) / active.sum(dim=1).clamp(min=1)
-
-
-def _check(losses: Tensor, mask: Tensor | None) -> None:
-    if losses.dim() != 1 or not len(losses):
-        raise ValueError(
-            f"losses must hold one loss a sample, shape (batch,), but got {tuple(losses.shape)}; "
-            "use reduction='none'."
-        )
-    if mask is not None and mask.shape != losses.shape:
-        raise ValueError(
-            f"mask must have shape {tuple(losses.shape)}, but got {tuple(mask.shape)}."
-        )
-
-
-def _gathered(losses: Tensor, counts: Tensor, group: Any) -> tuple[Tensor, Tensor, slice]:
-    """Return the losses of all processes, which of them count, and where the own ones are."""
-    if group is None:
-        return losses, counts, slice(len(losses))
-    import torch.distributed as dist
-
-    sizes: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(sizes, len(losses), group=group)
-    longest = max(sizes)
-    # Losses travel in float64, and batches of different sizes are padded.
-    packed = torch.zeros(2, longest, dtype=torch.float64, device=losses.device)
-    packed[0, : len(losses)] = torch.where(counts, losses, 0.0).double()
-    packed[1, : len(losses)] = counts.double()
-    found = [torch.zeros_like(packed) for _ in sizes]
-    dist.all_gather(found, packed, group=group)
-    parts = [part[:, :size] for part, size in zip(found, sizes, strict=True)]
-    everything = torch.cat(parts, dim=1)
-    rank = dist.get_rank(group)
-    start = sum(sizes[:rank])
-    return everything[0].to(losses.dtype), everything[1].bool(), slice(start, start + sizes[rank])
 
 
 def _capped(w: Tensor, most: float) -> Tensor:

@@ -54,7 +54,10 @@ def _unused(inner: Inner, model: ResponseModel, z: Tensor) -> list[str]:
     base, found = loss(z), []
     for name, columns in model.layout.columns.items():
         moved = []
-        for step in (FAR, -FAR):
+        ones = torch.ones_like(z[columns])
+        # A common shift may change nothing, as that of a softmax.
+        turns = torch.where(torch.arange(len(ones), device=z.device) % 2 == 0, FAR, -FAR).to(z)
+        for step in (FAR * ones, -FAR * ones, turns):
             point = z.clone()
             point[columns] += step
             moved.append(loss(point))

@@ -100,6 +100,7 @@ LEARNERS: dict[str, Subject] = {
     "gradnormlorp": _adapter("gradnormlorp", refresh=3),
     "hut": _adapter("hut"),
     "layer_adaptive_pruning": _adapter("layer_adaptive_pruning", round_steps=9, grid=10, lr=3e-3),
+    "learned_weights": Subject(registry.get("learned_weights")),
     "lift": _adapter("lift", budget_rank=2, refresh=3),
     "lora": _adapter("lora"),
     "lora_sb": _adapter("lora_sb", rank=8),

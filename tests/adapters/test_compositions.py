@@ -82,7 +82,8 @@ def test_averages_over_the_chosen_modules_alone() -> None:
     [
         ("compander", "gamma"),
         ("adawac", "weight_decay"),
-        ("reweighted", "weight_decay"),
+        ("reweighted", "temperature"),
+        ("learned_weights", "logit"),
         ("lora", "scale"),
     ],
 )
@@ -90,13 +91,13 @@ def test_other_outer_algorithms_tune_them(name: str, tuned: str) -> None:
     """STN, and descent through the training."""
     kind = registry.get(name)
     smooth = [n for n in kind.space.grad if n != tuned]
-    space = kind.space.own(**dict.fromkeys(smooth, "fixed"))
+    space = kind.space.own(**dict.fromkeys(smooth, "fixed"), **{tuned: "grad"})
     task = TASK if name != "lora" else tasks.get("digits_transfer", hidden=(16,), activation="tanh")
     for algorithm in (SelfTuning(), Descent(Unrolled(steps=3))):
         learner = kind(space)
         assert isinstance(learner, Trainer)
-        learner.setup(task, {}, seed=0)
+        learner.setup(task, {"burn_in": 0} if name == "reweighted" else {}, seed=0)
         before = learner.hparams[tuned].detach().clone()
-        result = tune(learner, algorithm, 20)
+        result = tune(learner, algorithm, 20, history=1000)
         assert torch.isfinite(result.hparams[tuned]).all()
         assert not torch.equal(torch.as_tensor(result.schedule[tuned][-1]).to(before), before)

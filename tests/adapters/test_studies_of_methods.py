@@ -13,6 +13,7 @@ from studies import Study
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "compander": ("digits", {"n_train": 200}, {}),
+    "learned_weights": ("digits", {"n_train": 200}, {}),
     "reweighted": ("digits", {"n_train": 200}, {}),
     "adawac": ("digits", {"n_train": 200}, {}),
     "apg": ("digits", {"n_train": 200}, {"steps": 5, "batch": 20}),

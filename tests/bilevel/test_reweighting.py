@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
 from collections.abc import Callable
 
 import pytest
@@ -14,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bilevel.reweighting import (
-    LearnedWeights,
-    Reweighter,
-    Temperature,
-    sequence_losses,
-)
+from benchmarks.core.reweighting_data import regression
+from bilevel.learned_weights import LearnedWeights
+from bilevel.reweighting import Reweighter, Temperature
+from bilevel.sample_losses import finite_losses, sequence_losses, token_losses
+from bilevel.weighing import Reweighting
 
 D = torch.float64
 STRATEGIES = ["linupper", "upper", "quadratic", "extremes", "uniform"]
@@ -100,16 +97,82 @@ def test_gradients_pass_through_the_losses_alone() -> None:
     assert float(plain.detach()) == pytest.approx(float(theta.detach().square().mean()))
 
 
-def test_bad_losses_are_dropped_and_never_spread() -> None:
-    losses = torch.tensor([1.0, torch.nan, 3.0, torch.inf, 2.0], requires_grad=True)
-    mask = torch.tensor([True, True, True, True, False])
-    loss, info = make("upper")(losses, mask=mask)
-    assert info.dropped == 3
-    assert info.weights[[1, 3, 4]].tolist() == [0.0, 0.0, 0.0]
-    assert float(info.weights.sum()) == pytest.approx(1.0)
+def test_masked_samples_have_no_weight() -> None:
+    losses = torch.tensor([1.0, 9.0, 3.0], requires_grad=True)
+    loss, info = make("upper")(losses, torch.tensor([True, False, True]))
+    assert info.dropped == 1
+    assert float(info.weights[1]) == 0.0
+    assert torch.allclose(info.weights[[0, 2]], make("upper").weights(torch.tensor([1.0, 3.0])))
     (grad,) = torch.autograd.grad(loss, losses)
     assert torch.equal(grad, info.weights)
     assert info.unweighted == 2.0
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([True, True, False])])
+def test_losses_that_are_not_finite_raise_and_name_their_samples(mask: Tensor | None) -> None:
+    """Masked ones, too: 0 · NaN inside the graph is NaN."""
+    theta = torch.ones(3, requires_grad=True)
+    losses = theta * torch.tensor([1.0, 2.0, math.nan])
+    for rule in (make("upper"), LearnedWeights(torch.zeros(50))):
+        with pytest.raises(FloatingPointError, match=r"samples \[41\]"):
+            rule(losses, mask, index=torch.tensor([3, 7, 41]))
+    with pytest.raises(FloatingPointError, match=r"samples \[2\]"):
+        make("upper")(losses)
+
+
+def test_dropped_rows_leave_finite_gradients() -> None:
+    """A selection alone does not; the loss is that of the batch without the row."""
+    x = torch.randn(5, 3, dtype=D, generator=torch.Generator().manual_seed(0))
+    x[2] = math.inf
+    theta = torch.tensor([0.5, -1.0, 2.0], dtype=D, requires_grad=True)
+
+    def losses_of(rows: Tensor) -> Tensor:
+        return (x[rows] @ theta).square()
+
+    whole = losses_of(torch.arange(5))
+    (spoiled,) = torch.autograd.grad(whole[whole.isfinite()].sum(), theta)
+    assert not spoiled.isfinite().all()
+
+    losses, mask = finite_losses(losses_of, 5)
+    assert mask.tolist() == [True, True, False, True, True]
+    loss, info = make("upper")(losses, mask)
+    (grad,) = torch.autograd.grad(loss, theta)
+    expected, _ = make("upper")(losses_of(torch.tensor([0, 1, 3, 4])))
+    assert torch.equal(grad, torch.autograd.grad(expected, theta)[0])
+    assert info.dropped == 1
+
+    x[2] = 0.0
+    assert finite_losses(losses_of, 5)[1].all()
+    x[:] = math.nan
+    assert not finite_losses(losses_of, 5)[1].any()
+    with pytest.raises(FloatingPointError, match=r"rows \[0\] without the other bad rows"):
+        finite_losses(lambda r: torch.tensor([1.0, math.nan]) if len(r) == 2 else r / 0.0, 2)
+
+
+@pytest.mark.parametrize("strategy", ["linupper", "quadratic", "learned"])
+def test_micro_batches_are_the_whole_batch(strategy: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    x, theta = torch.randn(9, 4, dtype=D, generator=g), torch.randn(4, dtype=D, generator=g)
+    theta.requires_grad_()
+    logits = torch.randn(20, dtype=D, generator=g).requires_grad_()
+    index, mask = torch.randperm(20, generator=g)[:9], torch.arange(9) != 4
+    rule = LearnedWeights(logits) if strategy == "learned" else make(strategy, 0.4)
+
+    def losses(rows: slice) -> Tensor:
+        return (x[rows] @ theta).square()
+
+    inputs = [theta, logits] if strategy == "learned" else [theta]
+    whole, _ = rule(losses(slice(None)), mask, index=index)
+    expected = torch.autograd.grad(whole, inputs)
+    parts = [slice(0, 2), slice(2, 7), slice(7, 9)]
+    collected = torch.cat([losses(rows).detach() for rows in parts])
+    info = rule.weigh(collected, mask, index=index)
+    found = [torch.zeros_like(i) for i in inputs]
+    for rows in parts:
+        grads = torch.autograd.grad(info.loss(losses(rows), rows), inputs, retain_graph=True)
+        found = [f + each for f, each in zip(found, grads, strict=True)]
+    for one, two in zip(found, expected, strict=True):
+        assert torch.allclose(one, two, rtol=1e-13, atol=1e-15)
 
 
 def test_rank_and_cap_tame_an_outlier() -> None:
@@ -137,61 +200,105 @@ def test_temperature_schedules() -> None:
     assert late < 2.5
 
 
-def test_sequences_and_learned_weights() -> None:
+def test_sequences_and_tokens() -> None:
     logits, labels = torch.randn(3, 4, 7, dtype=D), torch.randint(7, (3, 4))
     labels[0, 2:] = -100
     labels[2] = -100
-    found = sequence_losses(logits, labels)
+    found, mask = sequence_losses(logits, labels)
     one = torch.nn.functional.cross_entropy(logits[0, :2], labels[0, :2])
     assert float(found[0]) == pytest.approx(float(one))
-    assert float(found[2]) == 0.0
-    theta = torch.zeros(3, dtype=D, requires_grad=True)
-    loss = LearnedWeights()(found, theta)
+    assert mask.tolist() == [True, True, False]
+    loss, info = make("upper")(found, mask)
+    assert info.weights.tolist()[2] == 0.0
+    assert float(loss) == pytest.approx(float(make("upper")(found[:2])[0]))
+
+    tokens, active = token_losses(logits, labels)
+    assert torch.equal(active, (labels != -100).flatten())
+    assert torch.allclose(tokens.view(3, 4).sum(1)[:2] / (labels != -100).sum(1)[:2], found[:2])
+    loss, info = make("uniform")(tokens, active)
+    plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    assert float(loss) == pytest.approx(float(plain))
+    assert info.dropped == 6
+
+
+def test_learned_weights_are_a_rule_like_another() -> None:
+    g = torch.Generator().manual_seed(0)
+    losses = torch.rand(4, dtype=D, generator=g)
+    index = torch.tensor([5, 0, 3, 9])
+    uniform = [
+        rule(losses, index=index, step=3)
+        for rule in (make("uniform"), LearnedWeights(torch.zeros(10, dtype=D)))
+    ]
+    assert torch.allclose(uniform[0][0], uniform[1][0])
+    assert uniform[0][1].effective == pytest.approx(uniform[1][1].effective)
+
+    theta = torch.randn(10, dtype=D, generator=g).requires_grad_()
+    loss, info = LearnedWeights(theta)(losses, index=index)
     (grad,) = torch.autograd.grad(loss, theta)
-    assert torch.allclose(grad, 0.25 * found / 3)
+    s = theta.detach().sigmoid()[index]
+    expected = torch.zeros(10, dtype=D)
+    expected[index] = s * (1 - s) * (losses - (s * losses).sum() / s.sum()) / s.sum()
+    assert torch.allclose(grad, expected, atol=1e-15)
+    assert torch.allclose(info.weights, s / s.sum())
 
 
-def _worker(rank: int, port: int, results: str) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    f = torch.tensor([1.0, 4.0, 2.0, 3.0, 7.0], dtype=D)
-    mine = (f[:2] if rank == 0 else f[2:]).requires_grad_()
-    loss, info = Reweighter("linupper", 0.4)(mine, group=torch.distributed.group.WORLD)
-    (grad,) = torch.autograd.grad(loss, mine)
-    torch.save({"weights": info.weights, "grad": grad}, f"{results}/{rank}.pt")
+F5 = torch.tensor([1.0, 4.0, 2.0, 3.0, 7.0], dtype=D)
+CASES = {"two": [(0, 2), (2, 5)], "empty": [(0, 5), (5, 5)], "three": [(0, 0), (0, 4), (4, 5)]}
+
+
+def _worker(rank: int, world: int, results: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{results}/store", rank=rank, world_size=world
+    )
+    group, found = torch.distributed.group.WORLD, {}
+    theta = torch.linspace(-2, 2, 5, dtype=D)
+    for name, bounds in CASES.items():
+        if len(bounds) != world:
+            continue
+        rows = slice(*bounds[rank])
+        mine, logits = F5[rows].clone().requires_grad_(), theta.clone().requires_grad_()
+        loss, info = Reweighter("linupper", 0.4)(mine, group=group)
+        (grad,) = torch.autograd.grad(loss, mine)
+        other, _ = LearnedWeights(logits)(mine, index=torch.arange(5)[rows], group=group)
+        (outer,) = torch.autograd.grad(other, logits)
+        found[name] = {"weights": info.weights, "grad": grad, "outer": outer}
+    # One process has bad input: all raise, and none waits.
+    bad = torch.full((2,), math.nan if rank == 0 else 1.0)
+    for losses, kind in ((bad, FloatingPointError), (bad[: 2 * rank].sum(), ValueError)):
+        try:
+            Reweighter()(losses if rank == 0 else bad, group=group)
+        except kind as error:
+            found[kind.__name__] = str(error)
+    try:
+        Reweighter()(torch.zeros(0), group=group)
+    except ValueError as error:
+        found["all empty"] = str(error)
+    torch.save(found, f"{results}/{rank}.pt")
+    torch.distributed.barrier()  # a process that leaves early aborts the others
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_weigh_one_batch(tmp_path: object) -> None:
-    """Batches of two and three: the weights and averaged gradients of the whole."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_worker, (port, str(tmp_path)), nprocs=2)
-    found = [torch.load(f"{tmp_path}/{rank}.pt", weights_only=True) for rank in range(2)]
-    f = torch.tensor([1.0, 4.0, 2.0, 3.0, 7.0], dtype=D)
-    expected = make("linupper", 0.4).weights(f)
-    assert torch.allclose(torch.cat([e["weights"] for e in found]), expected, atol=1e-12)
-    averaged = torch.cat([e["grad"] for e in found]) / 2
-    assert torch.allclose(averaged, expected, atol=1e-12)
-
-
-def regression(strategy: str, corrupted: bool, seed: int, steps: int) -> float:
-    """Test error on linear regression, four fifths of the rows near-copies of one."""
-    g = torch.Generator().manual_seed(seed)
-    truth, x = torch.randn(10, generator=g), torch.randn(1000, 10, generator=g)
-    x[:800] = x[0] + 0.02 * torch.randn(800, 10, generator=g)
-    y = x @ truth
-    if corrupted:
-        wrong = 800 + torch.randperm(200, generator=g)[:50]
-        y[wrong] = 8 * torch.randn(50, generator=g)
-    fresh = torch.randn(500, 10, generator=g)
-    theta, rule = torch.zeros(10), make(strategy, 0.4)
-    for _ in range(steps):
-        rows = torch.randint(1000, (64,), generator=g)
-        w = rule.weights((x[rows] @ theta - y[rows]).square())
-        theta = theta - 0.05 * 2 * x[rows].T @ (w * (x[rows] @ theta - y[rows]))
-    return float((fresh @ (theta - truth)).square().mean())
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_weigh_one_batch(world: int, tmp_path: object) -> None:
+    """Batches of any sizes, none included: the weights and averaged gradients of the whole."""
+    mp.spawn(_worker, (world, str(tmp_path)), nprocs=world)
+    found = [torch.load(f"{tmp_path}/{rank}.pt", weights_only=True) for rank in range(world)]
+    expected = make("linupper", 0.4).weights(F5)
+    theta = torch.linspace(-2, 2, 5, dtype=D).requires_grad_()
+    loss, _ = LearnedWeights(theta)(F5, index=torch.arange(5))
+    (outer,) = torch.autograd.grad(loss, theta)
+    for name, bounds in CASES.items():
+        if len(bounds) != world:
+            continue
+        cells = [each[name] for each in found]
+        assert torch.allclose(torch.cat([c["weights"] for c in cells]), expected, atol=1e-12)
+        averaged = torch.cat([c["grad"] for c in cells]) / world
+        assert torch.allclose(averaged, expected, atol=1e-12)
+        assert torch.allclose(sum(c["outer"] for c in cells) / world, outer, atol=1e-12)
+    for rank, each in enumerate(found):
+        assert ("process 0: " if rank else "samples [0, 1]") in each["FloatingPointError"]
+        assert "one loss a sample" in each["ValueError"]
+        assert "the batch is empty" in each["all empty"]
 
 
 def test_redundant_rows_and_wrong_labels() -> None:
@@ -204,6 +311,10 @@ def test_redundant_rows_and_wrong_labels() -> None:
     clean = [mean[s, False] for s in ("linupper", "quadratic", "uniform", "extremes")]
     assert clean == sorted(clean)
     assert mean["uniform", True] < mean["linupper", True]
+
+
+def learned(losses: Tensor, index: Tensor | None, shift: float = 0.0) -> Reweighting:
+    return LearnedWeights(torch.full((4,), shift))(losses, index=index)[1]
 
 
 @pytest.mark.parametrize(
@@ -219,10 +330,31 @@ def test_redundant_rows_and_wrong_labels() -> None:
         (lambda: Reweighter()(torch.tensor(1.0)), "reduction='none'"),
         (lambda: Reweighter()(torch.ones(0)), "one loss a sample"),
         (lambda: Reweighter()(torch.ones(2), mask=torch.ones(3)), "mask must have shape"),
-        (lambda: Reweighter()(torch.ones(2), mask=torch.zeros(2)), "no sample of the batch counts"),
-        (lambda: LearnedWeights()(torch.ones(2), torch.ones(3)), "logits must have shape"),
+        (lambda: Reweighter()(torch.ones(2), torch.zeros(2)), "weights sum to zero"),
+        (lambda: Reweighter().weights(torch.ones(2), 0.0), "temperature must be positive"),
+        (lambda: Reweighter().weights(torch.ones(2), torch.tensor(-1.0)), "must be positive"),
+        (lambda: Reweighter().weights(torch.ones(2), math.nan), "temperature must be positive"),
+        (lambda: Reweighter().weights(torch.tensor(1.0)), "one loss a sample"),
+        (lambda: Reweighter()(torch.ones(2)).__getitem__(1).loss(torch.ones(3)), "each row"),
+        (lambda: LearnedWeights(torch.zeros(2, 2)), "logits must have shape"),
+        (lambda: learned(torch.tensor(1.0), torch.tensor(0)), "reduction='none'"),
+        (lambda: learned(torch.ones(2), None), "index is missing"),
+        (lambda: learned(torch.ones(2), torch.tensor([1])), "index must have shape"),
+        (lambda: learned(torch.ones(2), torch.tensor([1, 4])), r"0 ... 3, but got 1 ... 4"),
+        (lambda: learned(torch.ones(2), torch.tensor([-1, 2])), r"got -1 ... 2"),
+        (lambda: learned(torch.ones(3), torch.tensor([1, 2, 1])), r"repeated samples: \[1\]"),
+        (
+            lambda: learned(torch.ones(2), torch.tensor([1, 2]), shift=-1e4),
+            r"samples \[1, 2\] sum to zero",
+        ),
+        (lambda: sequence_losses(torch.ones(2, 3), torch.ones(2, 3)), "expected logits of shape"),
     ],
 )
 def test_bad_input(call: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_indices_must_be_integers() -> None:
+    with pytest.raises(TypeError, match="index must be int64"):
+        LearnedWeights(torch.zeros(4))(torch.ones(1), index=torch.ones(1))
