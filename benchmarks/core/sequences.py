@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from bilevel.balanced_ema import BalancedEMA, Fixed, LiteralRule, Polynomial, Published, Rule
-from bilevel.continual import InstructionGroups, ParameterSets, continual_metrics
+from bilevel.continual import (
+    InstructionGroups,
+    ParameterSets,
+    continual_metrics,
+    similarity,
+)
 
 SEEDS = (0, 1, 2, 3)
 
@@ -39,12 +44,14 @@ class Way:
         replay: stored samples of each earlier task; half of each batch is drawn from them.
         joint: all tasks at once, with as many steps.
         gate: similarity from which a set of parameters is used again; None for one set.
+        similar: how it is measured.
     """
 
     rule: Rule | None = None
     replay: int = 0
     joint: bool = False
     gate: float | None = None
+    similar: Callable[[Sequence[str], Sequence[str]], float] = similarity
 
 
 RULES: dict[str, Rule | None] = {
@@ -108,7 +115,11 @@ def run(
     parts, batch = sequence.parts, sequence.batch
     if way.joint:
         return _joint(model, params, sequence, steps, lr, generator)
-    sets = None if way.gate is None else ParameterSets(params, InstructionGroups(way.gate))
+    sets = (
+        None
+        if way.gate is None
+        else ParameterSets(params, InstructionGroups(way.gate, similar=way.similar))
+    )
     largest = max(params, key=lambda n: params[n].numel())
     stored: list[tuple[Tensor, Tensor, Tensor]] = []
     rows, trace, groups, updates, fallbacks = [], [], [], 0, 0
