@@ -18,6 +18,7 @@ Source: Qiao et al., Large continual instruction assistant, ICML 2025, arXiv 241
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
@@ -115,7 +116,7 @@ class CoIN(LoRAMethod):
         data, size = self.setting.task.split("train"), self._size()
         generator = torch.Generator().manual_seed(self.setting.seed)
         orders, last = [], []
-        for group in data["group"].unique():
+        for group in sorted(set(data["group"].tolist())):
             rows = (data["group"] == group).nonzero()[:, 0].cpu()
             whole = len(rows) - len(rows) % size
             for epoch in range(self.setting.constants["epochs"]):
@@ -134,8 +135,8 @@ class CoIN(LoRAMethod):
         return self._size()
 
     def _size(self) -> int:
-        counts = self.setting.task.split("train")["group"].unique(return_counts=True)[1]
-        return min(int(self.setting.constants["batch"]), int(counts.min()))
+        counts = Counter(self.setting.task.split("train")["group"].tolist())
+        return min(int(self.setting.constants["batch"]), *counts.values())
 
     def predict(self, model: nn.Module, hparams: Mapping[str, Any], batch: Batch) -> Tensor:
         """Return the outputs of θ in a training step, of θ* elsewhere."""
