@@ -20,6 +20,7 @@ _MODULES = {
     "allora": "adapters.weights.allora:ALLoRAMethod",
     "apg": "adapters.generation.apg:APG",
     "bang": "adapters.robustness.bang:BANG",
+    "coin": "adapters.weights.coin:CoIN",
     "compander": "adapters.objectives.compander:CompandedNetwork",
     "dct_adamw": "adapters.optimizers.dct_adamw:DCTAdamW",
     "diffora": "adapters.weights.diffora:DiffoRA",

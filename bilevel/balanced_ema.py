@@ -20,15 +20,26 @@ Source: Qiao et al., Large continual instruction assistant, ICML 2025, arXiv 241
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from bilevel.balance_rules import (
+    Fixed,
+    Granularity,
+    LiteralRule,
+    Norms,
+    Polynomial,
+    Published,
+    Rule,
+    group_of,
+    measured,
+    summed,
+)
 
 __all__ = [
     "BalancedEMA",
@@ -41,102 +52,6 @@ __all__ = [
     "Stats",
     "coefficient_gradient",
 ]
-
-
-class Norms(NamedTuple):
-    """What a rule may look at: L1 norms of one tensor, layer or set.
-
-    Attributes:
-        gradient: ‖g_t‖.
-        change: ‖g_t − g_{t−1}‖; None without an earlier gradient.
-        move: ‖θ_t − θ_{t−1}‖; None without an earlier value.
-        lag: ‖θ_t − θ*_{t−1}‖.
-        step: t, from 1.
-    """
-
-    gradient: float
-    change: float | None
-    move: float | None
-    lag: float
-    step: int
-
-
-class Rule(ABC):
-    """How β is chosen; subclasses are frozen dataclasses."""
-
-    @abstractmethod
-    def coefficient(self, norms: Norms) -> float | None:
-        """Return β, or None where the rule says nothing."""
-
-
-@dataclass(frozen=True)
-class Fixed(Rule):
-    """A constant β in [0, 1]; 0.99 is the usual EMA."""
-
-    old: float = 0.99
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.old <= 1:
-            raise ValueError(f"old must lie in [0, 1], but got {self.old}.")
-
-    def coefficient(self, norms: Norms) -> float | None:
-        return self.old
-
-
-@dataclass(frozen=True)
-class Polynomial(Rule):
-    """1 − β = min(1, c/t): c = 1 is the mean of all iterates; 0.2 the most robust in small studies.
-
-    The dynamics of `Published` under a constant drift tend to it (derived).
-    """
-
-    c: float = 0.2
-
-    def __post_init__(self) -> None:
-        if not self.c > 0:
-            raise ValueError(f"c must be positive, but got {self.c}.")
-
-    def coefficient(self, norms: Norms) -> float | None:
-        return 1 - min(1.0, self.c / norms.step)
-
-
-@dataclass(frozen=True)
-class LiteralRule(Rule):
-    """β = (‖g‖ + λ) ‖θ_t − θ_{t−1}‖ / (‖θ_t − θ*‖ ‖g_t − g_{t−1}‖).
-
-    With λ = 0 it does not depend on the number of parameters.  λ = 1, the paper's, carries the
-    units of a gradient.
-    """
-
-    trade_off: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.trade_off < math.inf:
-            raise ValueError(f"trade_off must not be negative, but got {self.trade_off}.")
-
-    def coefficient(self, norms: Norms) -> float | None:
-        if not norms.change or not norms.move or not norms.lag:
-            return None
-        return (norms.gradient + self.trade_off) * norms.move / (norms.lag * norms.change)
-
-
-@dataclass(frozen=True)
-class Published(Rule):
-    """1 − β = κ (1 + ‖g‖) / (‖θ_t − θ*‖ ‖g_t − g_{t−1}‖), the released code with κ = 2.
-
-    κ fits adapters of about 5 · 10⁵ numbers; 1 − β is inversely proportional to that size.
-    """
-
-    kappa: float = 2.0
-
-    def __post_init__(self) -> None:
-        if not self.kappa > 0:
-            raise ValueError(f"kappa must be positive, but got {self.kappa}.")
-
-    def coefficient(self, norms: Norms) -> float | None:
-        if not norms.change or not norms.lag:
-            return None
-        return 1 - self.kappa * (1 + norms.gradient) / (norms.lag * norms.change)
 
 
 @dataclass(frozen=True)
@@ -171,9 +86,14 @@ class BalancedEMA:
         granularity: one β for each "tensor", for each "layer" (the name up to its last dot), or
             "global".
         fallback: β where the rule gives none in (0, 1).
+        reduce: sums a tensor over ranks, for parameters that are sharded; where every rank holds
+            all parameters and averaged gradients, as under DistributedDataParallel, None.
+
+    The average is kept in float32 at least: in bfloat16 1 − β = 0.01 of a small step is nothing.
 
     Raises:
-        ValueError: no parameter, an unknown granularity, or a fallback outside [0, 1].
+        ValueError: no parameter, one that is not finite, an unknown granularity, or a fallback
+            outside [0, 1].
     """
 
     def __init__(
@@ -181,23 +101,19 @@ class BalancedEMA:
         params: Mapping[str, Tensor],
         rule: Rule,
         *,
-        granularity: Literal["tensor", "layer", "global"] = "tensor",
+        granularity: Granularity = "tensor",
         fallback: float = 0.99,
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if not params:
             raise ValueError("params must hold at least one trained tensor, but is empty.")
-        groups: dict[str, Callable[[str], str]] = {
-            "tensor": lambda name: name,
-            "layer": lambda name: name.rpartition(".")[0],
-            "global": lambda name: "",
-        }
-        if granularity not in groups:
-            raise ValueError(f"granularity must be one of {list(groups)}, but got {granularity!r}.")
         if not 0 <= fallback <= 1:
             raise ValueError(f"fallback must lie in [0, 1], but got {fallback}.")
+        self._group = {name: group_of(name, granularity) for name in params}
         self.params, self.rule, self.fallback = dict(params), rule, fallback
-        self._group = {name: groups[granularity](name) for name in params}
-        self.average = {name: p.detach().clone() for name, p in params.items()}
+        self._granularity, self._reduce = granularity, reduce
+        self.average = {name: _wide(p) for name, p in params.items()}
+        self._check_values(self.average)
         self._before: dict[str, Tensor] | None = None
         self._gradient: dict[str, Tensor] | None = None
         self._step = self._updates = self._fallbacks = self._skipped = 0
@@ -212,62 +128,60 @@ class BalancedEMA:
         Raises:
             RuntimeError: a parameter has no gradient: under engines that own the gradients the
                 rule would quietly become its fallback.
-            ValueError: a parameter has changed its shape.
+            ValueError: a parameter has changed its shape, or is not finite; θ* stays as it is.
         """
+        self._check_shapes()
         grads = {}
         for name, parameter in self.params.items():
             if parameter.grad is None:
                 raise RuntimeError(
                     f"{name} has no gradient; call update() after step() and before zero_grad()."
                 )
-            if parameter.shape != self.average[name].shape:
-                raise ValueError(
-                    f"{name} had shape {tuple(self.average[name].shape)}, but now has "
-                    f"{tuple(parameter.shape)}."
-                )
             grads[name] = parameter.grad.detach().clone()
+        values = {name: _wide(p) for name, p in self.params.items()}
+        self._check_values(values)
         if not all(bool(g.isfinite().all()) for g in grads.values()):
             self._skipped += 1
             return
         self._step += 1
-        for group, norms in self._norms(grads).items():
-            beta = self.rule.coefficient(norms)
+        self._last = {}
+        for group, norms in self._norms(values, grads).items():
+            beta, missed = self.rule.balance(norms, self.fallback)
             self._updates += 1
-            if beta is None or not (0 < beta < 1 or isinstance(self.rule, Fixed | Polynomial)):
-                beta = self.fallback
-                self._fallbacks += 1
-            self._last[group] = beta
-        for name, parameter in self.params.items():
-            weight = 1 - self._last[self._group[name]]
-            self.average[name].lerp_(parameter.detach(), weight)
-        self._gradient = grads
-        self._before = {name: p.detach().clone() for name, p in self.params.items()}
+            self._fallbacks += missed
+            self._last[group] = float(beta)
+        for name, value in values.items():
+            self.average[name].lerp_(value, 1 - self._last[self._group[name]])
+        self._gradient, self._before = grads, values
 
-    def _norms(self, grads: Mapping[str, Tensor]) -> dict[str, Norms]:
-        sums: dict[str, list[float]] = {}
+    def _norms(self, values: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> dict[str, Norms]:
+        earlier = None
+        if self._gradient is not None and self._before is not None:
+            earlier = (self._before, self._gradient)
+        each = measured(values, self.average, grads, earlier)
+        if self._reduce is not None:
+            rows = self._reduce(torch.tensor(list(each.values()), dtype=torch.float64)).tolist()
+            each = dict(zip(each, rows, strict=True))
+        return summed(each, self._granularity, self._step)
+
+    def _check_shapes(self) -> None:
         for name, parameter in self.params.items():
-            gradient, value = grads[name], parameter.detach()
-            terms = [gradient, value - self.average[name]]
-            if self._gradient is not None and self._before is not None:
-                terms += [gradient - self._gradient[name], value - self._before[name]]
-            norms = [float(t.abs().sum(dtype=torch.float64)) for t in terms]
-            total = sums.setdefault(self._group[name], [0.0] * len(norms))
-            for i, norm in enumerate(norms):
-                total[i] += norm
-        return {
-            group: Norms(
-                gradient=total[0],
-                change=total[2] if len(total) > 2 else None,
-                move=total[3] if len(total) > 2 else None,
-                lag=total[1],
-                step=self._step,
-            )
-            for group, total in sums.items()
-        }
+            if parameter.shape != self.average[name].shape:
+                raise ValueError(
+                    f"{name} had shape {tuple(self.average[name].shape)}, but now has "
+                    f"{tuple(parameter.shape)}; start a new average for other parameters."
+                )
+
+    @staticmethod
+    def _check_values(values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            if not value.isfinite().all():
+                raise ValueError(f"{name} must be finite, but holds NaN or infinite values.")
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Run a block with θ* in the parameters; they come back afterwards."""
+        self._check_shapes()
         saved = {name: p.detach().clone() for name, p in self.params.items()}
         self._write(self.average)
         try:
@@ -276,7 +190,14 @@ class BalancedEMA:
             self._write(saved)
 
     def end_task(self) -> None:
-        """Put θ* into the parameters, and start the next task's average there."""
+        """Put θ* into the parameters, and start the next task's average there.
+
+        The optimizer's moments belong to the old parameters: start a new one, or clear them.
+
+        Raises:
+            ValueError: a parameter has changed its shape.
+        """
+        self._check_shapes()
         self._write(self.average)
         self._before = self._gradient = None
         self._step = 0
@@ -293,8 +214,9 @@ class BalancedEMA:
         return Stats(self._updates, self._fallbacks, self._skipped, dict(self._last))
 
     def state_dict(self) -> dict[str, Any]:
-        """θ*, the last gradient and values, and the counters."""
+        """θ*, the last gradient and values, the counters, and which rule they belong to."""
         return {
+            "run": self._description(),
             "average": {n: v.clone() for n, v in self.average.items()},
             "gradient": self._gradient,
             "before": self._before,
@@ -306,8 +228,13 @@ class BalancedEMA:
         """Go on exactly where a `state_dict` was taken.
 
         Raises:
-            ValueError: other names or shapes.
+            ValueError: another rule, granularity or fallback, or other names or shapes; nothing is
+                loaded then.
         """
+        if state["run"] != self._description():
+            raise ValueError(
+                f"state must be of {self._description()}, but is of {dict(state['run'])}."
+            )
         found = {n: tuple(v.shape) for n, v in state["average"].items()}
         expected = {n: tuple(v.shape) for n, v in self.average.items()}
         if found != expected:
@@ -316,6 +243,19 @@ class BalancedEMA:
         self._gradient, self._before = state["gradient"], state["before"]
         self._step, self._updates, self._fallbacks, self._skipped = state["counts"]
         self._last = dict(state["last"])
+
+    def _description(self) -> dict[str, str | float]:
+        return {
+            "rule": repr(self.rule),
+            "granularity": self._granularity,
+            "fallback": self.fallback,
+        }
+
+
+def _wide(value: Tensor) -> Tensor:
+    """A copy in float32 at least."""
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    return value.detach().to(dtype, copy=True)
 
 
 def coefficient_gradient(

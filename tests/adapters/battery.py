@@ -83,6 +83,14 @@ LEARNERS: dict[str, Subject] = {
         registry.get("adawac"), options={"noise": 0.2, "n_train": 600}, hparams={"burn_in": 0}
     ),
     "allora": _adapter("allora"),
+    # Averaged from the start where differences are compared, so that β acts there.
+    "coin": Subject(
+        registry.get("coin"),
+        "digits_stream",
+        {"n_train": 448, "n_val": 70, **_TRANSFER},
+        {"epochs": 4},
+        {"from_start": True},
+    ),
     "compander": Subject(
         registry.get("compander"), hparams={"width": 16}, smooth={"activation": "tanh"}
     ),
@@ -351,7 +359,7 @@ def is_an_inner_level(subject: Subject) -> None:
     assert isinstance(learner, Inner)
     result = tune(learner, Descent(), budget=6)
     assert result.schedule["step"][-1] > 0
-    assert set(result.schedule.names) == set(learner.space.grad)
+    assert set(result.schedule.names) == set(learner.hparams)
 
 
 CHECKS = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from bilevel.balanced_ema import (
     Rule,
     coefficient_gradient,
 )
-from bilevel.continual import InstructionGroups, continual_metrics, similarity
+from bilevel.continual import InstructionGroups, ParameterSets, continual_metrics, similarity
 
 D = torch.float64
 
@@ -246,3 +246,104 @@ def test_missing_gradients_and_changed_shapes() -> None:
     ema.params["w"].grad = torch.zeros(4, dtype=D)
     with pytest.raises(ValueError, match="w had shape"):
         ema.update()
+
+
+def test_the_average_of_half_precision_does_not_stall() -> None:
+    """A thousand updates of 0.1 % reach 1 − 0.999¹⁰⁰⁰; in bfloat16 none of them would count."""
+    w = torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)
+    ema = BalancedEMA({"w": w}, Fixed(0.999))
+    with torch.no_grad():
+        w.fill_(1.0)
+    w.grad = torch.ones_like(w)
+    for _ in range(1000):
+        ema.update()
+    assert ema.average["w"].dtype == torch.float32
+    assert ema.average["w"][0].item() == pytest.approx(1 - 0.999**1000, rel=1e-3)
+    ema.end_task()
+    assert w.dtype == torch.bfloat16
+
+
+def test_nan_parameters_raise_and_nothing_is_lost() -> None:
+    ema = BalancedEMA({"a": leaf(3), "b": leaf(2, seed=2)}, LiteralRule(3.0))
+    drive(ema, 3)
+    before, stats = ema.state_dict(), ema.stats()
+    with torch.no_grad():
+        ema.params["b"][0] = torch.nan
+    with pytest.raises(ValueError, match="b must be finite"):
+        ema.update()
+    assert all(torch.equal(before["average"][n], v) for n, v in ema.average.items())
+    assert ema.stats() == stats
+    with pytest.raises(ValueError, match="b must be finite"):
+        BalancedEMA(ema.params, Fixed())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda p: BalancedEMA(p, LiteralRule(2.0)),
+        lambda p: BalancedEMA(p, Fixed()),
+        lambda p: BalancedEMA(p, LiteralRule(3.0), granularity="global"),
+        lambda p: BalancedEMA(p, LiteralRule(3.0), fallback=0.9),
+    ],
+)
+def test_a_state_of_another_rule_is_refused(other: Callable[[dict[str, Tensor]], object]) -> None:
+    one = BalancedEMA({"w": leaf(3)}, LiteralRule(3.0))
+    drive(one, 3)
+    two = other({"w": leaf(3)})
+    assert isinstance(two, BalancedEMA)
+    with pytest.raises(ValueError, match="state must be of"):
+        two.load_state_dict(one.state_dict())
+    assert two.stats().updates == 0
+
+
+def test_sharded_parameters_share_the_coefficient_of_the_whole() -> None:
+    """Two ranks with half the numbers each, whose sums are added, choose β of the whole."""
+    half = leaf(4).detach()
+    whole = BalancedEMA({"w": torch.cat([half, half]).requires_grad_()}, Published(0.05))
+    shard = BalancedEMA(
+        {"w": half.clone().requires_grad_()}, Published(0.05), reduce=lambda t: 2 * t
+    )
+    for step in range(4):
+        grad = leaf(4, seed=step + 5).detach()
+        whole.params["w"].grad, shard.params["w"].grad = torch.cat([grad, grad]), grad
+        for ema in (whole, shard):
+            with torch.no_grad():
+                ema.params["w"] -= 0.1 * ema.params["w"].grad
+            ema.update()
+        assert shard.stats().last["w"] == pytest.approx(whole.stats().last["w"], rel=1e-12)
+
+
+def test_sets_of_parameters_by_any_similarity() -> None:
+    def same_first(new: Sequence[str], old: Sequence[str]) -> float:
+        return float(new[0][0] == old[0][0])
+
+    w = leaf(2)
+    start = w.detach().clone()
+    sets = ParameterSets({"w": w}, InstructionGroups(0.5, similar=same_first))
+    assert sets.open(["a 1"]) == (0, True)
+    with torch.no_grad():
+        w += 1
+    assert sets.open(["b 1"]) == (1, True)
+    assert torch.equal(w, start)
+    with torch.no_grad():
+        w += 5
+    state = sets.state_dict()
+    assert sets.open(["a 2"]) == (0, False)
+    assert torch.equal(w, start + 1)
+    sets.use(1)
+    assert torch.equal(w, start + 5)
+    v = leaf(2, seed=3)
+    again = ParameterSets({"w": v}, InstructionGroups(0.5, similar=same_first))
+    again.load_state_dict(state)
+    assert again.active == 1
+    assert torch.equal(v, start + 5)
+    assert again.open(["a 3"]) == (0, False)
+    with pytest.raises(IndexError, match="group must lie"):
+        sets.use(2)
+    with pytest.raises(ValueError, match="must not be empty"):
+        sets.open([])
+    w.data = torch.zeros(3, dtype=D)
+    with pytest.raises(ValueError, match="w had shape"):
+        sets.open(["b 2"])
+    with pytest.raises(ValueError, match="similar must return"):
+        InstructionGroups(0.5, [["x"]], lambda new, old: 2.0).assign(["y"])
