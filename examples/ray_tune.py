@@ -1,4 +1,4 @@
-"""A sweep of Ray Tune: the sampler chooses lr, hypergradients move the rest, ASHA stops the worst."""
+"""A sweep of Ray Tune: the sampler chooses lr, hypergradients move the rest, ASHA stops trials."""
 
 import os
 
