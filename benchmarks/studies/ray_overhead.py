@@ -54,7 +54,8 @@ def sweep(kind: str, trials: int, folder: str) -> tuple[float, int]:
     began = time.perf_counter()
     results = made.fit()
     seconds = time.perf_counter() - began
-    assert len(results) == trials and not results.num_errors
+    assert len(results) == trials
+    assert not results.num_errors
     return seconds, len({r.metrics["worker"] for r in results})
 
 
@@ -93,7 +94,7 @@ def main() -> None:
     lines = [
         "# Ray Tune: seconds per trivial trial",
         "",
-        f"`python -m benchmarks.studies.ray_overhead --repeats {args.repeats}`: 2 cores, `num_cpus=2`, "
+        f"`python -m benchmarks.studies.ray_overhead --repeats {args.repeats}`: `num_cpus=2`, "
         f"load averages at the end {load}; medians of {args.repeats} sweeps of `fit`, in one run.",
         "",
         "| sweep | trials | fit, s | smallest | largest | s a trial | processes importing torch |",
