@@ -142,7 +142,11 @@ def check_hosts() -> None:
     import ray
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
-    hosts = {node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    hosts = {
+        node["NodeManagerHostname"]
+        for node in ray.nodes()  # type: ignore[no-untyped-call]
+        if node["Alive"]
+    }
     if len(hosts) > 1 and not is_token_auth_enabled():
         raise RuntimeError(
             f"the Ray cluster has {len(hosts)} hosts and no authentication, and its ports "

@@ -10,17 +10,17 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
-from ray.tune.result import TRAINING_ITERATION
+from ray._private.dict import unflatten_dict
+from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
-from ray.tune.utils.util import unflatten_dict
 
 from bilevel.space import Space
 from studies.agreement import MismatchError
@@ -40,10 +40,12 @@ TRIAL_ID = "ray_trial_id"
 
 SpaceLike = Space | Mapping[str, BaseDistribution] | Callable[[Any], Mapping[str, Any] | None]
 
+Direction = Literal["minimize", "maximize"]
+
 STRICT = "TUNE_DISABLE_STRICT_METRIC_CHECKING"
 
 
-class StudySearcher(Searcher):  # type: ignore[misc]
+class StudySearcher(Searcher):
     """An Optuna study that asks and is told, in place of `ray.tune.search.optuna.OptunaSearch`.
 
     A trial ends as COMPLETE at its own end, as PRUNED where a scheduler (or anybody) stopped it
@@ -152,7 +154,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def prepare(self, scheduler: TrialScheduler | None, *, number_trials: bool) -> None:
         """Learn what else `studies.ray.tuner` knows of the sweep; see the class."""
-        self._endings.scheduler = scheduler or self._endings.scheduler or FIFOScheduler()
+        self._endings.scheduler = scheduler or self._endings.scheduler or FIFOScheduler()  # type: ignore[no-untyped-call]
         self._number_trials = self._number_trials or number_trials
 
     @property
@@ -192,7 +194,9 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         os.environ.setdefault(STRICT, "1")
         if self._storage is None:
             self._storage = InMemoryStorage() if self._url is None else open_storage(self._url)
-        directions = ["minimize" if mode == "min" else "maximize" for mode in self._modes]
+        directions: list[Direction] = [
+            "minimize" if mode == "min" else "maximize" for mode in self._modes
+        ]
         study = optuna.create_study(
             study_name=self._name,
             storage=self._storage,
@@ -205,10 +209,10 @@ class StudySearcher(Searcher):  # type: ignore[misc]
             self._warm_up(study)
         return study
 
-    def _agree(self, study: optuna.Study, directions: list[str]) -> None:
+    def _agree(self, study: optuna.Study, directions: Sequence[str]) -> None:
         lines = []
         old = [direction.name.lower() for direction in study.directions]
-        if old != directions:
+        if old != list(directions):
             lines.append(f"direction: {old} before, {directions} now")
         mine = self._space.to_json() if isinstance(self._space, Space) else None
         stored = study.user_attrs.get("space")

@@ -47,7 +47,7 @@ STATE = "state.pt"
 """File of a checkpoint."""
 
 
-class BilevelTrainable(tune.Trainable):  # type: ignore[misc]
+class BilevelTrainable(tune.Trainable):
     """One trial; `as_trainable` makes a subclass for a learner and a task.
 
     Actors may be reused: a reset frees the old learner, and every draw after it comes from seeds
@@ -168,7 +168,7 @@ class BilevelTrainable(tune.Trainable):  # type: ignore[misc]
         for name, text in self.progress.files().items():
             (folder / name).write_text(text, encoding="utf-8")
 
-    def load_checkpoint(self, checkpoint: str) -> None:
+    def load_checkpoint(self, checkpoint: Any) -> None:
         """Go on from a checkpoint of this trial, or of another one (an exploit).
 
         Weights, gradient-owned values, optimizer states, data streams and generators become

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,10 @@ def cluster() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "token"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():  # Ray leaves its processes to the garbage collector
+        warnings.simplefilter("ignore")
+        ray.shutdown()
+        gc.collect()
 
 
 def square(config: dict[str, Any]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,10 @@ def cluster() -> Iterator[None]:
     os.environ["RAY_AUTH_MODE"] = "token"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
-    ray.shutdown()
+    with warnings.catch_warnings():  # Ray leaves its processes to the garbage collector
+        warnings.simplefilter("ignore")
+        ray.shutdown()
+        gc.collect()
 
 
 @pytest.mark.parametrize(
