@@ -35,10 +35,8 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files of every trial
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver loses a second, not ten
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one bad trial does not end the sweep
-    "RAY_AUTH_MODE": "token",  # Ray's ports listen on every interface
 }
-"""Environment variables that `tuner` sets where they are not set; the first three are read by the
-driver during `fit`, the last by ``ray.init``."""
+"""Environment variables that `tuner` sets where they are not set; read by the driver during `fit`."""
 
 
 def tuner(
@@ -57,7 +55,7 @@ def tuner(
     checkpoint_every: int = 0,
     resources: Mapping[str, float] | None = None,
 ) -> Tuner:
-    """Return a Tuner: reused actors, no loggers, a snapshot each second, one retry, token auth.
+    """Return a Tuner: reused actors, no loggers, a snapshot each second, one retry.
 
     Start Ray first (``ray.init(num_cpus=2)``, ``ray.init("auto")``); where it does not run,
     `Tuner.fit` starts it on this machine.  ``Tuner.restore(f"{out}/{name}", trainable)`` goes on

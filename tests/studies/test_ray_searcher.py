@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -37,7 +36,6 @@ DONE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "token"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     with warnings.catch_warnings():  # Ray leaves its processes to the garbage collector

@@ -54,7 +54,6 @@ def make() -> Any:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    os.environ["RAY_AUTH_MODE"] = "token"
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     with warnings.catch_warnings():  # Ray leaves its processes to the garbage collector
