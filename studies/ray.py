@@ -36,7 +36,7 @@ SETTINGS = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver loses a second, not ten
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one bad trial does not end the sweep
 }
-"""Environment variables that `tuner` sets where they are not set; the driver reads them in `fit`."""
+"""Environment variables that `tuner` sets where they are not set; `fit` reads them."""
 
 
 def tuner(
