@@ -164,13 +164,13 @@ class Tuning:
                 self._inside = False
                 self._rng = rng_state()
 
-
     def _restore(self, saved: Any, name: str) -> None:
         if not isinstance(saved, dict) or set(saved) != {"settings", "run", "callbacks"}:
             raise ValueError(f"resume: {name!r} is not a checkpoint of tune().")
-        lines = differences(saved["settings"]["algorithm"], self._settings["algorithm"], "algorithm")
-        if saved["settings"]["space"] != self._settings["space"]:
-            old, new = (Space.from_json(s["space"]) for s in (saved["settings"], self._settings))
+        old, new = saved["settings"], self._settings
+        lines = differences(old["algorithm"], new["algorithm"], "algorithm")
+        if old["space"] != new["space"]:
+            old, new = (Space.from_json(settings["space"]) for settings in (old, new))
             lines += [f"space: {line}" for line in old.differences(new)]
         before, now = [name for name, _ in saved["callbacks"]], _stateful(self._callbacks)
         if before != [name for name, _ in now]:

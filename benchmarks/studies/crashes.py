@@ -137,8 +137,11 @@ def main() -> None:
         cells = [row[k] for k in ("kills", "equal", "lost", "doubled", "running", "changed")]
         lines.append(f"| {name} | " + " | ".join(map(str, cells)) + " |")
     whole = statistics.fmean(row["seconds_whole"] for row in rows.values())
-    lines += ["", f"An uninterrupted study took {whole:.1f} s on average. With two workers the order",
-              "of events, and so what TPE has seen, may differ: equality is not expected there."]  # fmt: skip
+    lines += [
+        "",
+        f"An uninterrupted study took {whole:.1f} s on average. With two workers the order of",
+        "events, and so what TPE has seen, may differ: equality is not expected there.",
+    ]
     RESULTS.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
