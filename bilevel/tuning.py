@@ -170,8 +170,8 @@ class Tuning:
         old, new = saved["settings"], self._settings
         lines = differences(old["algorithm"], new["algorithm"], "algorithm")
         if old["space"] != new["space"]:
-            old, new = (Space.from_json(settings["space"]) for settings in (old, new))
-            lines += [f"space: {line}" for line in old.differences(new)]
+            before_, now_ = (Space.from_json(settings["space"]) for settings in (old, new))
+            lines += [f"space: {line}" for line in before_.differences(now_)]
         before, now = [name for name, _ in saved["callbacks"]], _stateful(self._callbacks)
         if before != [name for name, _ in now]:
             lines.append(f"callbacks: {before} before, {[name for name, _ in now]} now")

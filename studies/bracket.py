@@ -42,14 +42,15 @@ class Brackets:
             self._spaces["sampler"] = sampled_space(space)
         self._closed = False
         self.stops_settled = scheduler.stops_settled
+        self._compares = bool(ladder.levels) or (scheduler.stops_settled and bool(space.grad))
 
     def enter(self, trial: Trial, trials: int) -> dict[str, Any]:
         """Give a trial its bracket, where it has none yet, and ask for its values."""
-        if "bracket" not in trial.user_attrs:
+        known = self._ledger.get(trial.number).user_attrs
+        if "bracket" not in known and self._compares:
             for name, value in self._place(trial.number, trials).items():
                 self._ledger.attribute(trial, name, value)
-        space = self._spaces[trial.user_attrs.get("by", "gradient")]
-        return self._ledger.patiently(lambda: space.suggest(trial))
+        return self._ledger.suggest(trial, self._spaces[known.get("by", "gradient")])
 
     def given(self) -> Mapping[str, Any] | None:
         """Return the params of the next trial where they are not left to the sampler."""

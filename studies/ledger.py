@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import optuna
 import sqlalchemy
+from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bilevel.checkpoint import load, save
 from bilevel.metrics import Cost
+from bilevel.space import Space
 from studies.executors.base import Executor
 from studies.executors.in_process import InProcess
 from studies.files import Files
@@ -42,11 +45,16 @@ def signs(study: optuna.Study) -> tuple[int, ...]:
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """Return the feasible complete trial with the best (first) value, among equals the first."""
-    sign = signs(study)[0]
+    return _best(study.get_trials(deepcopy=False), signs(study)[0])
+
+
+def _best(trials: Iterable[FrozenTrial], sign: int) -> FrozenTrial | None:
     done = [
         trial
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        if "imported" not in trial.user_attrs and all(c <= 0 for c in trial.constraints.values())
+        for trial in trials
+        if trial.state is TrialState.COMPLETE
+        and "imported" not in trial.user_attrs
+        and all(excess <= 0 for excess in trial.constraints.values())
     ]
     return min(done, key=lambda trial: sign * float((trial.values or [0.0])[0]), default=None)
 
@@ -78,17 +86,22 @@ class Ledger:
         self._warm, self._on_stall = warm, on_stall
         self._open: dict[int, Trial] = {}
         self.signs = signs(study)
+        self._exhausted = bool(study.user_attrs.get("exhausted"))
+        self._prunes = len(self.signs) == 1 and not isinstance(study.pruner, NopPruner)
+        # Nobody else writes, so what is stored is read once; only unfinished trials change.
+        known = study.get_trials(deepcopy=False)
+        self._left = {t.number for t in known if t.state is TrialState.RUNNING}
+        self._mirror = {t.number: t if t.state.is_finished() else _own(t) for t in known}
 
     # Reading.
 
     def trials(self) -> list[FrozenTrial]:
         """Return the study's own trials in order, without those of another study."""
-        found = self.study.get_trials(deepcopy=False)
-        return [trial for trial in found if "imported" not in trial.user_attrs]
+        return [trial for trial in self._mirror.values() if "imported" not in trial.user_attrs]
 
     def get(self, number: int) -> FrozenTrial:
         """Return a trial as it is stored now."""
-        return self.study.get_trials(deepcopy=False)[number]
+        return self._mirror[number]
 
     def trial(self, frozen: FrozenTrial) -> Trial:
         """Return a trial to write to."""
@@ -99,7 +112,7 @@ class Ledger:
     @property
     def exhausted(self) -> bool:
         """Whether the sampler has nothing left to ask."""
-        return bool(self.study.user_attrs.get("exhausted"))
+        return self._exhausted
 
     def unfinished(self, trials: int) -> bool:
         """Whether a study of `trials` trials has any left to run."""
@@ -119,7 +132,7 @@ class Ledger:
 
     def pruner_objects(self, trial: Trial) -> bool:
         """Whether the study's pruner says that a trial shall end."""
-        return len(self.signs) == 1 and trial.should_prune()
+        return self._prunes and trial.should_prune()
 
     def start_values(self, number: int) -> dict[str, object] | None:
         """Return the final gradient-owned values of a trial; None where they were not kept."""
@@ -144,16 +157,24 @@ class Ledger:
 
     def ask(self, given: Mapping[str, object] | None) -> FrozenTrial:
         """Begin the next trial, with given params where nothing was enqueued before."""
-        enqueued = self.study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+        enqueued = any(trial.state is TrialState.WAITING for trial in self._mirror.values())
         if given is not None and not enqueued:
             self.patiently(lambda: self.study.enqueue_trial(dict(given)))
         trial = self.patiently(self.study.ask)
         self._open[trial.number] = trial
+        self._read(trial)
         return self.get(trial.number)
+
+    def suggest(self, trial: Trial, space: Space) -> dict[str, Any]:
+        """Ask for the values of a trial, or for those that it has already."""
+        values = self.patiently(lambda: space.suggest(trial))
+        self._read(trial)
+        return values
 
     def attribute(self, trial: Trial, name: str, value: object) -> None:
         """Set an attribute of an unfinished trial."""
         self.patiently(lambda: trial.set_user_attr(name, value))
+        self.get(trial.number).user_attrs[name] = value
 
     def report(self, trial: Trial, reached: Reached) -> bool:
         """Store a rung where it is new, and say so: a resumed trial reports its last one again."""
@@ -162,6 +183,7 @@ class Ledger:
             return False
         if len(self.signs) == 1:
             self.patiently(lambda: trial.report(reached.values[0], reached.rung))
+            known.intermediate_values[reached.rung] = reached.values[0]
         if reached.gain or reached.settled:
             outlook = {"gain": reached.gain, "settled": bool(reached.settled)}
             self.attribute(trial, "outlook", outlook)
@@ -199,21 +221,24 @@ class Ledger:
         }[record.state]
         values = list(record.values) if complete else None
         self.patiently(lambda: self._end(trial, values, state))
+        self._read(trial)
         self._open.pop(trial.number, None)
         if self._sampler.exhausted and not self.exhausted:
             self.patiently(lambda: self.study.set_user_attr("exhausted", True))
-        best = best_trial(self.study)
+            self._exhausted = True
+        best = _best(self._mirror.values(), self.signs[0])
         self._files.keep_only({*unfinished, *([] if best is None else [best.number])})
         stored = TrialRecord.of(self.get(trial.number))
         return stored, best is not None and best.number == trial.number
 
     def count_start(self, trial: Trial, checkpoint: Path, executor: Executor) -> str | None:
-        """Count a start in this process; says why the trial is given up, where it is.
+        """Count how often a trial was left behind; says why it is given up, where it is.
 
-        A trial that takes the whole process with it would do so for ever.
+        A trial in this process that takes the process with it would do so for ever.
         """
-        if not isinstance(executor, InProcess):
+        if not isinstance(executor, InProcess) or trial.number not in self._left:
             return None
+        self._left.discard(trial.number)
         at = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
         before = self.get(trial.number).user_attrs.get("starts")
         count = before["count"] if before is not None and before["at"] == at else 0
@@ -237,9 +262,17 @@ class Ledger:
             frozen = self.get(trial.number)
             self.patiently(lambda: self._files.upload(frozen, self._database, outcome.files))
 
+    def _read(self, trial: Trial) -> None:
+        stored = self._database.get_trial(trial._trial_id)
+        self._mirror[trial.number] = stored if stored.state.is_finished() else _own(stored)
+
     def _end(self, trial: Trial, values: Sequence[float] | None, state: TrialState) -> None:
-        if not self.get(trial.number).state.is_finished():
-            self.study.tell(trial, values, state)
+        self.study.tell(trial, values, state, skip_if_finished=True)
+
+
+def _own(trial: FrozenTrial) -> FrozenTrial:
+    """A copy that may change: the storage shares its trials."""
+    return copy.deepcopy(trial)
 
 
 def _constrain(trial: Trial, name: str, excess: float) -> None:

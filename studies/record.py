@@ -110,8 +110,8 @@ class TrialRecord:
             hparams=attrs.get("hparams", {}),
             metrics={k: v for k, v in attrs.items() if "/" in k and isinstance(v, int | float)},
             cost=Cost(**cost) if cost else Cost(),
-            seed=attrs.get("seed"),
-            status=attrs.get("status", ""),
+            seed=attrs.get("run", {}).get("seed"),
+            status=attrs.get("run", {}).get("status", ""),
             failure=Failure(**failure) if failure else None,
             rungs=dict(trial.intermediate_values),
             constraints=dict(trial.constraints),
@@ -126,7 +126,7 @@ class TrialRecord:
         attributes: dict[str, Any] = {
             "hparams": dict(self.hparams),
             "cost": asdict(self.cost),
-            "status": self.status,
+            "run": {"status": self.status, "seed": self.seed},
             "cost/equivalent_steps": self.cost.equivalent_steps,
             **self.metrics,
         }

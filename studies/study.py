@@ -356,13 +356,11 @@ class Study:
             brackets = Brackets(ledger, policy, ladder, self.space, grid)
 
             def assign(trial: Trial, values: Mapping[str, Any]) -> Assignment:
-                gradient = bool(self.space.grad) and trial.user_attrs["by"] == "gradient"
+                by = ledger.get(trial.number).user_attrs.get("by", "gradient")
+                gradient = bool(self.space.grad) and by == "gradient"
                 if gradient and warm:
                     values = warm_values(ledger, self.space, trial, dict(values))
-                assignment = self._assignment(trial.number, values, gradient)
-                if "seed" not in trial.user_attrs:
-                    ledger.attribute(trial, "seed", assignment.seed)
-                return assignment
+                return self._assignment(trial.number, values, gradient)
 
             with deferred_interrupt() as interrupt:
                 workers_ = config.open(setting, lambda: interrupt.requested)

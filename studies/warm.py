@@ -22,9 +22,10 @@ def warm_values(
     Nearest by what the sampler chose (see `studies.spaces.distance`), among equals the better
     one.  The choice is stored in the trial, so that a resumed study makes no other.
     """
-    if "start" not in trial.user_attrs:
+    known = ledger.get(trial.number).user_attrs
+    if "start" not in known:
         ledger.attribute(trial, "start", _nearest(ledger, space, trial))
-    source = trial.user_attrs["start"]
+    source = known["start"]
     found = None if source is None else ledger.start_values(source)
     if found is None:
         return values
