@@ -152,10 +152,10 @@ class Coordinator:
             if trial.number not in self._waiting or trial.number in self._live:
                 continue
             verdict = self._brackets.verdict(trial)
-            if verdict is Verdict.PRUNE:
+            if verdict is Verdict.PRUNE and self._ledger.is_described(trial):
                 self._waiting.discard(trial.number)
                 self._tell(self._ledger.trial(trial), self._ledger.pruned(trial))
-            elif verdict is Verdict.GO:
+            elif verdict is not Verdict.WAIT:  # one that was killed before it said how it stands
                 ready.append((-max(trial.intermediate_values, default=0), trial.number))
         return [number for _, number in sorted(ready)]
 

@@ -192,6 +192,13 @@ class Ledger:
     def pause(self, trial: Trial, so_far: Outcome) -> None:
         """Store what is known of a trial that may not go on."""
         self._describe(trial, so_far)
+        at = max(self.get(trial.number).intermediate_values, default=0)
+        self.attribute(trial, "paused", at)
+
+    def is_described(self, trial: FrozenTrial) -> bool:
+        """Whether what is stored of a trial is how it stood at its last rung."""
+        at = max(trial.intermediate_values, default=0)
+        return bool(trial.user_attrs.get("paused") == at)
 
     def pruned(self, frozen: FrozenTrial) -> Outcome:
         """Return the outcome of a paused trial that does not go on: all of it is stored already."""

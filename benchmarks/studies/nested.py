@@ -70,7 +70,6 @@ def ours(mix: bool) -> Way:
 WAYS: dict[str, Way] = {
     "random": search("random"),
     "TPE": search("tpe"),
-    "CMA-ES": search("cmaes"),
     "TPE, 20 steps nested": nested,
     "study": ours(True),
     "study, gradients only": ours(False),
@@ -95,8 +94,6 @@ def measure(problem: str) -> dict[str, list[list[float]]]:
     for seed in range(SEEDS):
         task = regression(max(20, groups), seed)
         for name, way in WAYS.items():
-            if name == "CMA-ES" and options.get("mixed"):
-                continue  # it has no categories
             with tempfile.TemporaryDirectory() as folder:
                 study = way(kind, task, descent, seed, Path(folder))
                 best = study.best
