@@ -67,6 +67,7 @@ def _exit_code(error: Exception) -> int | None:
 
     from studies.agreement import MismatchError
     from studies.coordinator import TooManyFailuresError
+    from studies.dashboard import DashboardError
     from studies.executors.base import ExecutorError
     from studies.running import StoppedError
     from studies.storage import LockedError
@@ -75,6 +76,7 @@ def _exit_code(error: Exception) -> int | None:
     codes: list[tuple[type[Exception], int]] = [
         (LockedError, 3),
         (ExecutorError, 2),
+        (DashboardError, 2),
         (MismatchError, 4),
         (TooManyFailuresError, 1),
         (NoResultError, 1),

@@ -222,6 +222,29 @@ def export(
 
 
 @study_app.command()
+def dashboard(
+    target: Target,
+    name: Name = None,
+    port: Annotated[int, typer.Option(help="0 for any free one.", min=0, max=65535)] = 8080,
+    write: Annotated[
+        bool, typer.Option("--write", help="Let the pages change and delete.")
+    ] = False,
+) -> None:
+    """Serve the study's pages on this machine, at an address with a secret, until Ctrl-C."""
+    from studies.dashboard import Dashboard
+    from studies.stored import StoredStudy
+
+    served = Dashboard.of(StoredStudy(target, name), port, write=write)
+    print_result(served.url)
+    sys.stdout.flush()
+    print("Ctrl-C ends it.", file=sys.stderr)
+    try:
+        served.server.serve_forever()
+    except KeyboardInterrupt:
+        served.server.server_close()
+
+
+@study_app.command()
 def report(
     target: Target,
     name: Name = None,
