@@ -29,6 +29,9 @@ __all__ = ["Dashboard", "DashboardError"]
 REFRESH_SECONDS = 60.0
 """Wall time between two drawings of a study that is being run."""
 
+CARD_HEIGHT = 450
+"""Pixels that optuna-dashboard has for a figure."""
+
 MOST_NOTES = 500
 """Trials that get a note of ours."""
 
@@ -106,6 +109,7 @@ def draw(study: StoredStudy, layer: dict[tuple[int, str], Any]) -> None:
     view = optuna.load_study(study_name=study.name, storage=kept)
     stored = study.database.get_study_system_attrs(view._study_id)
     for name, figure in figures(study).items():
+        figure.update_layout(height=CARD_HEIGHT)
         save_plotly_graph_object(view, figure, graph_object_id=name)
     if "dashboard:note_ver" not in stored:
         save_note(view, study_note(study))

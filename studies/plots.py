@@ -78,7 +78,7 @@ def paths(study: Readable) -> Figure | None:
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     sizes = {n: s.size(n) for _, s in found for n in s.names}
-    titles = [n if sizes[n] == 1 else f"{n} (median of {sizes[n]})" for n in names]
+    titles = [n if sizes[n] == 1 else f"{n} ({sizes[n]})" for n in names]
     figure = make_subplots(
         rows, columns, subplot_titles=titles, vertical_spacing=0.25 / rows, horizontal_spacing=0.07
     )
@@ -104,6 +104,7 @@ def paths(study: Readable) -> Figure | None:
         domain = study.space.get(name, None)
         if isinstance(domain, Grad) and domain.scale == "log":
             figure.update_yaxes(type="log", exponentformat="power", **where)
+    figure.update_annotations(font_size=11)
     return _styled(figure, "Paths of gradient-owned hyperparameters", 230 * rows + 90)
 
 

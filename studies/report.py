@@ -12,6 +12,7 @@ from bilevel.curves import Panel, panels
 from bilevel.plots import COLORS, html_figure, write_figure
 from studies.compare import METRICS, Comparison
 from studies.messages import TRACE
+from studies.plots import figures
 from studies.storage import check_folder
 from studies.tables import number, value_text
 
@@ -65,10 +66,14 @@ def study_report(study: Readable, folder: Path) -> Path:
         ),
         _table(headings, rows, marked),
     ]
+    first = True
+    for figure in figures(study).values():
+        parts.append(_plot(figure, first=first))
+        first = False
     drawn = run_panels(study)
     if drawn:
         title = f"trial {best.number}: losses, hypergradients and schedules"
-        parts += [f"<h2>{title}</h2>", _plot(html_figure(drawn, ""), first=True)]
+        parts += [f"<h2>{title}</h2>", _plot(html_figure(drawn, ""), first=first)]
         write_figure(drawn, folder / "report.png", f"{study.name}, {title}")
     return _write(folder / "report.html", study.name, parts)
 

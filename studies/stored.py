@@ -195,7 +195,14 @@ class StoredStudy:
     def artifacts(self, number: int) -> dict[str, str]:
         """Return file name -> id of a trial's artifacts; of several of a name the latest."""
         metas = get_all_artifact_meta(self.trial(number), storage=self.database)
-        return {meta.filename: meta.artifact_id for meta in metas}
+
+        def written(artifact_id: str) -> int:
+            path = self.files.artifacts / artifact_id
+            return path.stat().st_mtime_ns if path.exists() else 0
+
+        # The database does not tell which one is the latest: a trial has one of each pause.
+        ordered = sorted(metas, key=lambda meta: written(meta.artifact_id))
+        return {meta.filename: meta.artifact_id for meta in ordered}
 
     def artifact(self, name: str, number: int | None = None) -> str | None:
         """Return the text of an artifact of a trial, by default of the best; None without one."""
