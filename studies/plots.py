@@ -105,7 +105,10 @@ def paths(study: Readable) -> Figure | None:
         if isinstance(domain, Grad) and domain.scale == "log":
             figure.update_yaxes(type="log", exponentformat="power", **where)
     figure.update_annotations(font_size=11)
-    return _styled(figure, "Paths of gradient-owned hyperparameters", 230 * rows + 90)
+    figure.update_xaxes(tickfont_size=9)
+    figure.update_yaxes(tickfont_size=9)
+    title = "Paths of gradient-owned hyperparameters"
+    return _styled(figure, title, 230 * rows + 90).update_layout(showlegend=False)
 
 
 def schedule_map(study: Readable) -> Figure | None:
@@ -150,19 +153,24 @@ def schedule_map(study: Readable) -> Figure | None:
 
 
 def value_by_cost(study: Readable) -> Figure | None:
-    """Value of each trial against its cost, by who moved the smooth ones, and the best so far."""
+    """Value of each trial, and the best so far, against the cost of the study up to its end.
+
+    By who moved the gradient-owned hyperparameters.
+    """
     from plotly.graph_objects import Figure, Scatter
 
     done = [r for r in study.trials if r.value is not None and not r.imported]
     if not done:
         return None
     figure = Figure()
+    totals = np.cumsum([r.cost.equivalent_steps for r in done]).tolist()
+    spent = {r.number: total for r, total in zip(done, totals, strict=True)}
     owners = {r.number: _owner(study, r) for r in done}
     for i, owner in enumerate(dict.fromkeys(owners.values())):
         mine = [r for r in done if owners[r.number] == owner]
         figure.add_trace(
             Scatter(
-                x=[r.cost.equivalent_steps for r in mine],
+                x=[spent[r.number] for r in mine],
                 y=[r.value for r in mine],
                 mode="markers",
                 name=owner,
@@ -172,25 +180,27 @@ def value_by_cost(study: Readable) -> Figure | None:
                     "symbol": ["circle" if r.state == "complete" else "x-thin" for r in mine],
                     "line": {"width": 1.5, "color": COLORS[i]},
                 },
-                text=[f"trial {r.number} ({r.state})" for r in mine],
-                hovertemplate="%{text}<br>cost %{x}<br>value %{y:.4g}<extra></extra>",
+                text=[f"trial {r.number} ({r.state}), {r.cost.equivalent_steps}" for r in mine],
+                hovertemplate="%{text} of %{x}<br>value %{y:.4g}<extra></extra>",
             )
         )
-    spent, best, x, y = 0, math.inf, [], []
+    best, x, y = math.inf, [], []
     sign = 1 if study.optuna.directions[0] is optuna.study.StudyDirection.MINIMIZE else -1
     for record in done:
-        spent += record.cost.equivalent_steps
         if record.state == "complete" and record.value is not None:
             best = min(best, sign * record.value)
         if math.isfinite(best):
-            x.append(spent)
+            x.append(spent[record.number])
             y.append(sign * best)
     figure.add_trace(
         Scatter(x=x, y=y, mode="lines", line={"shape": "hv", "color": "#4a4e69"},
-                name="best so far, against all cost")
+                name="best so far")
     )  # fmt: skip
-    figure.update_xaxes(title_text="equivalent training steps")
+    figure.update_xaxes(title_text="equivalent training steps of the study")
     figure.update_yaxes(title_text="value")
+    values = [r.value for r in done if r.value is not None]
+    if min(values) > 0 and max(values) > 10 * min(values):
+        figure.update_yaxes(type="log")
     return _styled(figure, "Value against cost by owner", 420)
 
 
@@ -239,9 +249,10 @@ def importance(study: Readable) -> dict[str, float]:
     if len(done) < 4 or not spaces:
         return {}
     direction = study.optuna.directions[0]
-    both = optuna.create_study(
-        storage=optuna.storages.InMemoryStorage(), direction=direction, study_name="importance"
-    )
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)  # the study is of no interest to anybody
+    both = optuna.create_study(direction=direction)
+    optuna.logging.set_verbosity(before)
     both.add_trials(
         create_trial(
             state=TrialState.COMPLETE,
