@@ -14,6 +14,9 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
+from studies.printing import Json, print_result
+from studies.study_commands import study_app
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -23,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+app.add_typer(study_app, name="study")
 
 
 def main() -> None:
@@ -35,6 +38,9 @@ def main() -> None:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a bad option or argument
             _stop(error.format_message().rstrip(".") + _given(error) + ".", 2)
+        if type(error).__name__ == "StorageInternalError":  # Optuna's; the cause says what it is
+            reason = str(getattr(error.__cause__, "orig", None) or error).splitlines()[0]
+            _stop(f"the database failed: {reason}; `bilevel study doctor DIR` looks at it.", 2)
         known = _exit_code(error)
         if known is None:
             raise
@@ -61,21 +67,24 @@ def _exit_code(error: Exception) -> int | None:
 
     from studies.agreement import MismatchError
     from studies.coordinator import TooManyFailuresError
+    from studies.dashboard import DashboardError
+    from studies.executors.base import ExecutorError
+    from studies.running import StoppedError
     from studies.storage import LockedError
+    from studies.stored import NoResultError
 
     codes: list[tuple[type[Exception], int]] = [
         (LockedError, 3),
+        (ExecutorError, 2),
+        (DashboardError, 2),
         (MismatchError, 4),
         (TooManyFailuresError, 1),
         (NoResultError, 1),
+        (StoppedError, 130),
         (ValueError, 2),
         (OSError, 2),
     ]
     return next((code for kind, code in codes if isinstance(error, kind)), None)
-
-
-class NoResultError(RuntimeError):
-    """No trial is complete."""
 
 
 def _stop(message: str, code: int) -> NoReturn:
@@ -160,11 +169,11 @@ def list_(json: Json = False) -> None:
 
     found = listing()
     if json:
-        _print(_json.dumps(found, indent=1))
+        print_result(_json.dumps(found, indent=1))
         return
     for title, rows in found.items():
-        _print(f"{title}:")
-        _print(names_table(rows))
+        print_result(f"{title}:")
+        print_result(names_table(rows))
 
 
 @app.command()
@@ -176,7 +185,7 @@ def show(
     from studies.listing import show_table, stored_studies
 
     studies = stored_studies(storage)
-    _print(_json.dumps(studies, indent=1) if json else show_table(studies))
+    print_result(_json.dumps(studies, indent=1) if json else show_table(studies))
 
 
 @app.command()
@@ -189,19 +198,8 @@ def doctor(json: Json = False) -> None:
 
     findings = examine()
     if json:
-        _print(_json.dumps([asdict(finding) for finding in findings], indent=1))
+        print_result(_json.dumps([asdict(finding) for finding in findings], indent=1))
     else:
-        _print(findings_table(findings))
+        print_result(findings_table(findings))
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(1)
-
-
-def _print(result: Any) -> None:
-    """Print a result on standard output: text as it is, tables wide enough for a pipe."""
-    if isinstance(result, str):
-        print(result)
-        return
-    from rich.console import Console
-
-    console = Console()
-    Console(width=console.width if console.is_terminal else 160).print(result)

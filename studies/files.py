@@ -82,11 +82,17 @@ class Files:
         store = FileSystemArtifactStore(self.artifacts)
         found = None
         for meta in get_all_artifact_meta(trial, storage=storage):
-            if meta.filename == name:
-                found = meta.artifact_id
+            # The database has them in no order; a trial has one of each pause.
+            path = self.artifacts / meta.artifact_id
+            if meta.filename == name and (found is None or _written(path) > _written(found)):
+                found = path
         if found is None:
             return None
         with tempfile.TemporaryDirectory(dir=self.study) as folder:
             path = Path(folder, name)
-            download_artifact(artifact_store=store, artifact_id=found, file_path=str(path))
+            download_artifact(artifact_store=store, artifact_id=found.name, file_path=str(path))
             return path.read_text(encoding="utf-8")
+
+
+def _written(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0

@@ -17,23 +17,22 @@ from studies.tables import number
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-__all__ = ["listing", "show_table", "stored_studies"]
+__all__ = ["algorithm_classes", "listing", "show_table", "stored_studies"]
 
 
 def listing() -> dict[str, dict[str, str]]:
     """Return names with one line about each, by kind."""
     import hypergrad
     from adapters import registry, tasks
-    from bilevel import OuterAlgorithm, descent, inexact, self_tuning, single_loop
+    from bilevel import Descent
     from studies.sampling import PRUNERS, SAMPLERS
 
     # The classes' own first lines are formulas; their files say in words what they are.
     estimators = {kind.__name__: _title(kind) for kind in _classes(hypergrad, hypergrad.Estimator)}
-    algorithms = {"Descent": _title(descent.Descent)}
-    for package in (self_tuning, inexact, single_loop):
-        for kind in _classes(package, OuterAlgorithm):
-            if kind is not single_loop.StochasticBilevel:
-                algorithms[kind.__name__] = _line(kind)
+    algorithms = {
+        name: _title(kind) if kind is Descent else _line(kind)
+        for name, kind in algorithm_classes().items()
+    }
     return {
         "tasks": tasks.describe(),
         "learners": registry.describe(),
@@ -42,6 +41,18 @@ def listing() -> dict[str, dict[str, str]]:
         "samplers": {name: f"{optuna_name} of Optuna" for name, optuna_name in _made(SAMPLERS)},
         "pruners": {name: f"{make.__name__} of Optuna" for name, make in PRUNERS.items()},
     }
+
+
+def algorithm_classes() -> dict[str, type]:
+    """Return the outer algorithms by name."""
+    from bilevel import Descent, OuterAlgorithm, inexact, self_tuning, single_loop
+
+    found: dict[str, type] = {"Descent": Descent}
+    for package in (self_tuning, inexact, single_loop):
+        for kind in _classes(package, OuterAlgorithm):
+            if kind is not single_loop.StochasticBilevel:
+                found[kind.__name__] = kind
+    return found
 
 
 def _classes(module: ModuleType, base: type) -> Iterator[type]:

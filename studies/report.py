@@ -12,13 +12,14 @@ from bilevel.curves import Panel, panels
 from bilevel.plots import COLORS, html_figure, write_figure
 from studies.compare import METRICS, Comparison
 from studies.messages import TRACE
+from studies.plots import figures
 from studies.storage import check_folder
 from studies.tables import number, value_text
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from studies.study import Study
+    from studies.stored import Readable
 
 __all__ = ["comparison_report", "run_panels", "study_report"]
 
@@ -35,7 +36,7 @@ tr.best td { font-weight: 600; background: #f2f7fd; } p.note { color: #555b66; }
 """
 
 
-def study_report(study: Study, folder: Path) -> Path:
+def study_report(study: Readable, folder: Path) -> Path:
     """Write ``report.html`` and, where the gradient owned something, ``report.png``.
 
     Raises:
@@ -59,16 +60,20 @@ def study_report(study: Study, folder: Path) -> Path:
     marked = [record.number == best.number for record in study.trials]
     parts = [
         _note(
-            f"{len(rows)} trials of {study.learner.name} on {study.task.name}, seed {study.seed}. "
+            f"{len(rows)} trials{_of(study)}. "
             "Cost is in equivalent training steps: gradients + 2 · Hessian-vector products. "
             "Trials are chosen by validation loss; the test split is only reported."
         ),
         _table(headings, rows, marked),
     ]
+    first = True
+    for figure in figures(study).values():
+        parts.append(_plot(figure, first=first))
+        first = False
     drawn = run_panels(study)
     if drawn:
         title = f"trial {best.number}: losses, hypergradients and schedules"
-        parts += [f"<h2>{title}</h2>", _plot(html_figure(drawn, ""), first=True)]
+        parts += [f"<h2>{title}</h2>", _plot(html_figure(drawn, ""), first=first)]
         write_figure(drawn, folder / "report.png", f"{study.name}, {title}")
     return _write(folder / "report.html", study.name, parts)
 
@@ -124,7 +129,7 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
     return page, pictures
 
 
-def run_panels(study: Study) -> list[Panel]:
+def run_panels(study: Readable) -> list[Panel]:
     """Return the panels of the best trial's run; none where the gradient owned nothing."""
     schedule, trace = study.schedule(), study.artifact(TRACE)
     if schedule is None or trace is None:
@@ -203,6 +208,14 @@ def _hyperparameters(found: Comparison) -> str:
         body.append(f"<tr>{''.join(cells)}</tr>")
     table = f"<table class=small><thead><tr><th></th>{head}</tr></thead>"
     return f"{table}<tbody>{''.join(body)}</tbody></table>"
+
+
+def _of(study: Readable) -> str:
+    """What the trials are of; nothing for a study that another program made."""
+    settings = study.optuna.user_attrs.get("settings")
+    if settings is None:
+        return ""
+    return f" of {settings['learner']} on {settings['task']['name']}, seed {settings['seed']}"
 
 
 def _values(hparams: object) -> str:

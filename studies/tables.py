@@ -12,7 +12,7 @@ from studies.doctor import Finding
 from studies.record import TrialRecord
 
 if TYPE_CHECKING:
-    from studies.study import Study
+    from studies.stored import Readable
 
 __all__ = ["findings_table", "names_table", "number", "trials_table", "value_text"]
 
@@ -32,13 +32,13 @@ def value_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def trials_table(study: Study) -> Table:
-    """One row for each trial of a study."""
+def trials_table(study: Readable, records: Sequence[TrialRecord] | None = None) -> Table:
+    """One row for each trial of a study, or for some of them."""
     table = Table(title=study.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for heading in ("trial", "state", "val loss", "test loss", "cost"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("chosen by the sampler")
-    for record in study.trials:
+    for record in study.trials if records is None else records:
         table.add_row(*_trial_row(record))
     return table
 

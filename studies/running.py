@@ -1,0 +1,210 @@
+"""`bilevel study run` and `resume`: a plan, a folder, progress, and one line about the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from bilevel.checkpoint import check_writable
+from studies.events import Event
+from studies.plan import Plan, PlanError
+from studies.plan_file import (
+    budget_of_text,
+    is_reference,
+    plan_from_function,
+    plan_from_table,
+    read_table,
+    run_arguments,
+)
+from studies.screen import progress
+from studies.storage import StorageError, check_folder, masked, open_storage, parse_storage
+from studies.stored import DATABASE, SPEC, NoResultError, StoredStudy, best_of, read_spec
+from studies.study import Study
+from studies.summary import done_line, summary
+from studies.versions import versions
+
+__all__ = ["StoppedError", "resume_study", "run_study"]
+
+
+class StoppedError(Exception):
+    """Ctrl-C was pressed; the message says how to go on."""
+
+
+def run_study(
+    source: str,
+    out: Path,
+    overrides: Mapping[str, Any],
+    *,
+    storage: str | None,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Run the study of a plan in a folder, or go on with it.
+
+    Args:
+        source: ``STUDY.toml``, ``module:function`` or ``FILE.py:function``.
+        out: the folder.
+        overrides: plain data for `_plan`.
+        storage: database URL; None for SQLite in the folder.
+        quiet: no progress.
+        as_json: the result as JSON.
+
+    Raises:
+        PlanError: no plan can be made of the source.
+        NoResultError: no trial is complete at the end.
+        StoppedError: after Ctrl-C.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    spec: dict[str, Any] = {"format": 1, "plan": _source(source), "overrides": dict(overrides)}
+    plan = _plan(spec)
+    if (out / SPEC).exists():
+        before = read_spec(out)
+        if before["study"] != plan.name:
+            raise StorageError(
+                f"{str(out)!r} holds the study {before['study']!r}, not {plan.name!r}; "
+                "give another --out."
+            )
+    check_folder(out, "--out")
+    url = None if storage is None else parse_storage(storage)
+    new = url is None and not _holds(out / DATABASE, plan.name)
+    study = plan.open(storage or out / DATABASE, out)
+    spec |= {
+        "study": plan.name,
+        "storage": None if url is None else masked(url),
+        "trials": plan.trials,
+        "seed": plan.seed,
+        "data": study.task.fingerprint,
+        "versions": versions(),
+        "written": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    if not (out / SPEC).exists():  # else with the first event: see _run
+        _write_spec(out, spec)
+    try:
+        _run(plan, study, spec, out, quiet, as_json)
+    except ValueError:
+        if new and not study.trials:  # a metric or a budget that cannot be: no reason to keep it
+            optuna.delete_study(study_name=plan.name, storage=str(study.storage))
+            (out / SPEC).unlink()
+        raise
+
+
+def _holds(path: Path, name: str) -> bool:
+    """Whether a SQLite file holds a study of a name."""
+    if not path.exists() or path.stat().st_size == 0:
+        return False
+    database = open_storage(parse_storage(path), create=False)
+    return name in optuna.get_all_study_names(database)
+
+
+def resume_study(
+    folder: Path,
+    overrides: Mapping[str, Any],
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Go on with a study as its folder says; it needs no plan file where that was TOML.
+
+    Raises:
+        StorageError: the folder holds no study.
+        PlanError: the function that made the plan is not there any more.
+        NoResultError: no trial is complete at the end.
+        StoppedError: after Ctrl-C.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    stored = StoredStudy(folder)
+    if not stored.spec:
+        raise StorageError(f"{str(folder)!r} is a database; give the folder of the study.")
+    before = stored.spec["overrides"]
+    run = {**before.get("run", {}), **overrides.get("run", {})}
+    spec = {**stored.spec, "overrides": {**before, **overrides, "run": run}}
+    plan = _plan(spec)
+    spec["trials"] = plan.trials
+    study = plan.open(stored.url.render_as_string(hide_password=False), folder)
+    _run(plan, study, spec, folder, quiet, as_json)
+
+
+def _run(
+    plan: Plan, study: Study, spec: Mapping[str, Any], out: Path, quiet: bool, as_json: bool
+) -> None:
+    written = False
+
+    def write_spec() -> None:
+        # Not before the study has agreed to the options: else `resume` would stumble on them.
+        nonlocal written
+        if not written:
+            _write_spec(out, spec)
+            written = True
+
+    try:
+        with progress(study, study.metrics[0], plan.trials, quiet) as show:
+
+            def on_event(event: Event) -> None:
+                write_spec()
+                show(event)
+
+            plan.run_in(study, on_event)
+        write_spec()
+    except KeyboardInterrupt:
+        line = done_line(study.trials, best_of(study.optuna))
+        raise StoppedError(f"interrupted: {line}; `bilevel study resume {out}` goes on.") from None
+    records, best = study.trials, best_of(study.optuna)
+    if as_json:
+        print(json.dumps({**summary(study.name, records, best), "folder": str(out)}, indent=1))
+    else:
+        print(f"done: {done_line(records, best)}")
+    if not any(record.state == "complete" for record in records):
+        raise NoResultError(f"no trial is complete; `bilevel study show {out} 0` says why.")
+    if not quiet and not as_json:
+        print(f"next: bilevel study dashboard {out}", file=sys.stderr)
+
+
+def _source(source: str) -> dict[str, Any]:
+    """What a later `resume` makes the plan of: the tables themselves, or the reference."""
+    if not is_reference(source):
+        path = Path(source)
+        table = read_table(path)
+        try:
+            json.dumps(table, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise PlanError(
+                f"{source}: values are texts, numbers, lists and tables: {error}."
+            ) from error
+        return {"file": str(path.resolve()), "toml": table}
+    place, _, name = source.rpartition(":")
+    if place.endswith(".py"):
+        return {"function": f"{Path(place).resolve()}:{name}"}
+    return {"function": source, "from": os.getcwd()}
+
+
+def _plan(spec: Mapping[str, Any]) -> Plan:
+    """The plan of a spec, with what the command line changed."""
+    source, given = spec["plan"], dict(spec["overrides"])
+    if "toml" in source:
+        try:
+            plan = plan_from_table(source["toml"], Path(source["file"]).stem)
+        except PlanError as error:
+            raise PlanError(f"{source['file']}: {error}") from error
+    else:
+        if "from" in source and source["from"] not in sys.path:
+            sys.path.insert(0, source["from"])
+        plan = plan_from_function(source["function"])
+    if "budget" in given:
+        given["budget"] = budget_of_text(given["budget"])
+    given["run"] = run_arguments(given.get("run", {}))
+    return plan.override(**given)
+
+
+def _write_spec(out: Path, spec: Mapping[str, Any]) -> None:
+    path = out / SPEC
+    check_writable(path, "--out")
+    temporary = path.with_name(f".{SPEC}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(spec, indent=1), encoding="utf-8")
+    temporary.replace(path)

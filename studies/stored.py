@@ -1,0 +1,283 @@
+"""A study as its folder or database holds it: read without its learner, its task or its lock."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import optuna
+from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from bilevel.checks import did_you_mean
+from bilevel.schedule import Schedule
+from bilevel.space import Space
+from studies.files import Files
+from studies.ledger import best_trial
+from studies.messages import SCHEDULE
+from studies.record import TrialRecord
+from studies.storage import StorageError, default_folder, masked, open_storage, parse_storage
+
+__all__ = [
+    "DATABASE",
+    "SPEC",
+    "STORAGE_VARIABLE",
+    "NoResultError",
+    "Readable",
+    "StoredStudy",
+    "best_of",
+    "read_spec",
+]
+
+SPEC = "spec.json"
+"""File in a study's folder: what it was started with."""
+
+DATABASE = "study.db"
+"""SQLite file in a study's folder."""
+
+
+STORAGE_VARIABLE = "BILEVEL_STORAGE"
+"""Environment variable with the URL of a database whose password stands nowhere else."""
+
+
+class Readable(Protocol):
+    """What figures and reports need of a study; `Study` and `StoredStudy` have it."""
+
+    name: str
+
+    @property
+    def space(self) -> Space: ...
+
+    @property
+    def optuna(self) -> optuna.Study: ...
+
+    @property
+    def trials(self) -> list[TrialRecord]: ...
+
+    @property
+    def best(self) -> TrialRecord: ...
+
+    def artifact(self, name: str, number: int | None = None) -> str | None: ...
+
+    def schedule(self, number: int | None = None) -> Schedule | None: ...
+
+
+class StoredStudy:
+    """A study opened for reading, while it runs or afterwards.
+
+    Args:
+        target: folder that `bilevel study run` made, SQLite file, or database URL.
+        name: of the study, where the database holds several.
+
+    Attributes:
+        name: of the study.
+        folder: with its files.
+        spec: what ``spec.json`` holds; empty without one.
+
+    Raises:
+        StorageError: there is nothing, or no study, at the target.
+    """
+
+    def __init__(self, target: str | PathLike[str], name: str | None = None) -> None:
+        path = Path(target)
+        if "://" not in str(target) and not path.exists():
+            raise StorageError(f"there is no folder or database {str(target)!r}.")
+        if path.is_dir():
+            self.spec = read_spec(path)
+            self.folder = path
+            self.url = parse_storage(_place(self.spec, path))
+            name = name or self.spec["study"]
+        else:
+            self.spec = {}
+            self.url = parse_storage(target)
+            self.folder = default_folder(self.url)
+        self.database: RDBStorage = open_storage(self.url, create=False)
+        self.name = self._choose(name)
+        self.files = Files(self.folder, self.name)
+
+    def _choose(self, name: str | None) -> str:
+        names = sorted(optuna.get_all_study_names(self.database))
+        where = masked(self.url)
+        if name is None and len(names) != 1:
+            raise StorageError(
+                f"{where} holds {len(names)} studies; choose one with --study"
+                f"{': ' + ', '.join(map(repr, names)) if names else ''}."
+                if names
+                else f"{where} holds no study."
+            )
+        if name is not None and name not in names:
+            raise StorageError(f"{where} has no study {name!r}; {did_you_mean(name, names)}")
+        return names[0] if name is None else name
+
+    @cached_property
+    def optuna(self) -> optuna.Study:
+        """The study as Optuna's object."""
+        return optuna.load_study(study_name=self.name, storage=self.database)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What decides its numbers; empty for a study that another program made."""
+        return dict(self.optuna.user_attrs.get("settings", {}))
+
+    @property
+    def ours(self) -> bool:
+        """Whether `bilevel` made it."""
+        return bool(self.settings)
+
+    @cached_property
+    def space(self) -> Space:
+        """The hyperparameters and their owners."""
+        return Space.from_json(self.settings["space"]) if self.ours else Space()
+
+    @property
+    def learner_name(self) -> str:
+        """Name of the learner, "-" where it is not known."""
+        return str(self.settings.get("learner", "-"))
+
+    @property
+    def task_name(self) -> str:
+        """Name of the task, "-" where it is not known."""
+        return str(self.settings.get("task", {}).get("name", "-"))
+
+    @property
+    def planned(self) -> int | None:
+        """Trials that it is to have in total, where that is known."""
+        return self.spec.get("trials")
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """All trials in order."""
+        return [TrialRecord.of(trial) for trial in self.optuna.get_trials(deepcopy=False)]
+
+    @property
+    def best(self) -> TrialRecord:
+        """The feasible complete trial with the best value.
+
+        Raises:
+            NoResultError: there is none.
+            ValueError: there are several objectives.
+        """
+        if len(self.optuna.directions) > 1:
+            raise ValueError(
+                f"study {self.name!r} has {len(self.optuna.directions)} objectives and no best "
+                "trial; `bilevel study show DIR --front` lists the best ones."
+            )
+        best = best_of(self.optuna)
+        if best is None:
+            raise NoResultError(f"study {self.name!r} has no complete trial yet.")
+        return best
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """The feasible complete trials that no other one dominates, in order."""
+        found = self.optuna.best_trials
+        return [TrialRecord.of(t) for t in found if "imported" not in t.user_attrs]
+
+    def trial(self, number: int) -> FrozenTrial:
+        """Return a trial as Optuna stores it.
+
+        Raises:
+            ValueError: there is no such trial.
+        """
+        trials = self.optuna.get_trials(deepcopy=False)
+        if not 0 <= number < len(trials):
+            have = f"trials 0 to {len(trials) - 1}" if trials else "no trials yet"
+            raise ValueError(f"study {self.name!r} has {have}, but not trial {number}.")
+        return trials[number]
+
+    def artifacts(self, number: int) -> dict[str, str]:
+        """Return file name -> id of a trial's artifacts; of several of a name the latest."""
+        metas = get_all_artifact_meta(self.trial(number), storage=self.database)
+
+        def written(artifact_id: str) -> int:
+            path = self.files.artifacts / artifact_id
+            return path.stat().st_mtime_ns if path.exists() else 0
+
+        # The database does not tell which one is the latest: a trial has one of each pause.
+        ordered = sorted(metas, key=lambda meta: written(meta.artifact_id))
+        return {meta.filename: meta.artifact_id for meta in ordered}
+
+    def artifact(self, name: str, number: int | None = None) -> str | None:
+        """Return the text of an artifact of a trial, by default of the best; None without one."""
+        number = self.best.number if number is None else number
+        found = self.artifacts(number).get(name)
+        path = self.files.artifacts / found if found else None
+        if path is None or not path.exists():
+            return None
+        with FileSystemArtifactStore(self.files.artifacts).open_reader(path.name) as reader:
+            return reader.read().decode("utf-8")
+
+    def schedule(self, number: int | None = None) -> Schedule | None:
+        """Return the history of the gradient-owned values of a trial, by default of the best."""
+        text = self.artifact(SCHEDULE, number)
+        return None if text is None else Schedule.from_json(text)
+
+    def holder(self) -> str | None:
+        """Return who runs the study, in words; None where nobody does."""
+        lock = self.files.study / "lock"
+        try:
+            with lock.open("rb") as file:
+                # Shared, and given back at once: only a coordinator holds it exclusively.
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+        except FileNotFoundError:
+            return None
+        except BlockingIOError:
+            try:
+                who = json.loads((self.files.study / "lock.json").read_text())
+            except (OSError, ValueError):
+                return "another process"
+            return f"process {who['pid']} on {who['host']} since {who['since']}"
+
+
+def best_of(study: optuna.Study) -> TrialRecord | None:
+    """Return the best trial; None without one, or where there are several objectives."""
+    best = best_trial(study) if len(study.directions) == 1 else None
+    return None if best is None else TrialRecord.of(best)
+
+
+class NoResultError(ValueError):
+    """No trial is complete."""
+
+
+def read_spec(folder: Path) -> dict[str, Any]:
+    """Return what a study's folder says about it.
+
+    Raises:
+        StorageError: it is not the folder of a study.
+    """
+    path = folder / SPEC
+    if not path.exists():
+        raise StorageError(
+            f"{str(folder)!r} is not a study: it has no {SPEC}; "
+            f"`bilevel study run FILE --out {folder}` makes one."
+        )
+    try:
+        spec = json.loads(path.read_text(encoding="utf-8"))
+        if spec["format"] != 1 or not isinstance(spec["study"], str):
+            raise ValueError(f"format {spec['format']!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise StorageError(f"{str(path)!r} is not readable: {error}.") from error
+    return dict(spec)
+
+
+def _place(spec: Mapping[str, Any], folder: Path) -> str:
+    """Path or URL of the database; a password is not in the folder but in the environment."""
+    if spec["storage"] is None:
+        return str(folder / DATABASE)
+    if "***" not in spec["storage"]:
+        return str(spec["storage"])
+    given = os.environ.get(STORAGE_VARIABLE)
+    if not given:
+        raise StorageError(
+            f"the study is stored in {spec['storage']}; give the URL with its password in the "
+            f"environment variable {STORAGE_VARIABLE}."
+        )
+    return given

@@ -1,0 +1,126 @@
+"""A study and its trials in a few words and as plain data: for screens, pipes and logs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from bilevel.schedule import Schedule
+from studies.record import TrialRecord
+from studies.tables import value_text
+
+__all__ = ["as_json", "counts", "done_line", "summary", "trial_line"]
+
+STATES = ("complete", "pruned", "failed", "running", "waiting")
+
+
+def counts(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """Return the number of trials in each state."""
+    found: Counter[str] = Counter(record.state for record in records)
+    return {state: found[state] for state in STATES}
+
+
+def failures(records: Sequence[TrialRecord]) -> dict[str, int]:
+    """Return the number of failed trials by kind of failure."""
+    kinds = [r.failure.kind if r.failure else "unknown" for r in records if r.state == "failed"]
+    return dict(Counter(kinds).most_common())
+
+
+def as_json(record: TrialRecord) -> dict[str, Any]:
+    """Return a trial as plain data."""
+    return {
+        **asdict(record),
+        "value": record.value,
+        "rungs": {str(k): v for k, v in record.rungs.items()},
+    }
+
+
+def summary(name: str, records: Sequence[TrialRecord], best: TrialRecord | None) -> dict[str, Any]:
+    """Return a study as plain data."""
+    return {
+        "study": name,
+        "trials": len(records),
+        **counts(records),
+        "failures": failures(records),
+        "equivalent_steps": sum(r.cost.equivalent_steps for r in records),
+        "seconds": sum(r.cost.seconds for r in records),
+        "best": None if best is None else as_json(best),
+    }
+
+
+def done_line(records: Sequence[TrialRecord], best: TrialRecord | None) -> str:
+    """``27 trials (21 complete, 4 pruned, 2 failed: 1 timeout, 1 died)  best 0.3021 (trial 3)``."""
+    parts = [f"{n} {state}" for state, n in counts(records).items() if n]
+    kinds = ", ".join(f"{n} {kind}" for kind, n in failures(records).items())
+    parts = [f"{part}: {kinds}" if part.endswith("failed") else part for part in parts]
+    trials = f"{len(records)} trial{'s' if len(records) != 1 else ''}"
+    text = f"{trials} ({', '.join(parts)})" if parts else trials
+    if best is None or best.value is None:
+        return f"{text}  no complete trial"
+    return f"{text}  best {best.value:.4f} (trial {best.number})"
+
+
+def trial_line(record: TrialRecord, metric: str, schedule: Schedule | None = None) -> str:
+    """One finished trial on one line.
+
+    ``trial 12  COMPLETE  val loss 0.3127  width=64 | lam 0.01->0.00034 (20)  18 steps  6.3 s``
+    """
+    parts = [f"trial {record.number}", f"{record.state.upper():<8}"]
+    value = record.value
+    if value is None and record.rungs:
+        value = record.rungs[max(record.rungs)]
+    if record.failure is not None:
+        return "  ".join([*parts, str(record.failure)])
+    if value is not None:
+        parts.append(f"val {metric} {value:.4f}")
+    chosen = " ".join(f"{k}={value_text(v)}" for k, v in record.params.items())
+    moved = "" if schedule is None else _some_moves(moves(schedule, record.hparams))
+    if both := " | ".join(text for text in (chosen, moved) if text):
+        parts.append(both)
+    first, last = (record.metrics.get(f"g/norm_{end}") for end in ("first", "last"))
+    if first is not None and last is not None:
+        parts.append(f"|g| {first:.1e}->{last:.1e}")
+    parts += [f"{record.cost.steps} steps", f"{record.cost.seconds:.1f} s"]
+    return "  ".join(parts)
+
+
+MOST_MOVES = 4
+"""Gradient-owned names that a line has room for."""
+
+
+def _some_moves(found: Mapping[str, str]) -> str:
+    shown = [f"{name} {move}" for name, move in list(found.items())[:MOST_MOVES]]
+    rest = len(found) - len(shown)
+    return "  ".join([*shown, f"+{rest}"] if rest else shown)
+
+
+def moves(schedule: Schedule, hparams: Mapping[str, Any]) -> dict[str, str]:
+    """Return where gradient-owned values began and ended, by name; of a tensor the median.
+
+    Args:
+        schedule: its first row has the beginning.
+        hparams: of the record: what the weights were trained with last.  (The last row of a
+            schedule may be what would have come next.)
+    """
+    found = {}
+    for name in schedule.names:
+        size = schedule.size(name)
+        start = schedule.summary(name)[0, 2]
+        elements = f" ({size})" if size > 1 else ""
+        found[name] = f"{start:.3g}->{_middle(hparams[name]):.3g}{elements}"
+    return found
+
+
+def _middle(value: Any) -> float:
+    if isinstance(value, Mapping):
+        return float(value["median"])
+    return float(np.median(np.asarray(value, dtype=np.float64)))
+
+
+def describe_values(values: Mapping[str, Any]) -> str:
+    """``width=64 lr=0.1``."""
+    return " ".join(f"{name}={value_text(value)}" for name, value in values.items())
