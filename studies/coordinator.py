@@ -61,6 +61,7 @@ class _Live:
     began: float
     cost: Cost = field(default_factory=Cost)
     answer_at: float | None = None
+    stalled: bool = False
 
 
 class Coordinator:
@@ -194,13 +195,15 @@ class Coordinator:
     def _hear(self, message: Message) -> None:
         live = self._live[message.number]
         if isinstance(message, Reached):
-            live.cost = message.cost
+            live.cost, live.stalled = message.cost, False
             if self._ledger.report(live.trial, message):
                 of = len(self._setting.rungs)
                 self._on_event(Rung(message.number, message.rung, of, message.values[0]))
             self._executor.answer(message.number, self._decide(live.trial, message))
         elif isinstance(message, messages.Stalled):
-            self._on_event(Stalled(message.reason))
+            if not live.stalled:
+                self._on_event(Stalled(message.reason))
+            live.stalled = True
             live.answer_at = time.monotonic() + STALL_SECONDS
         else:
             used = self._used.get(message.number, 0.0)

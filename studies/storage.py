@@ -32,6 +32,7 @@ __all__ = [
     "check_folder",
     "coordinator_lock",
     "default_folder",
+    "disconnect",
     "masked",
     "open_storage",
     "parse_storage",
@@ -135,7 +136,7 @@ def open_storage(url: URL, *, create: bool = True) -> RDBStorage:
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         raise StorageError(
             f"storage {masked(url)!r} needs a database driver that is not installed "
-            f"({url.drivername}); for PostgreSQL: pip install 'psycopg2-binary'."
+            f"({url.drivername}); for PostgreSQL: pip install 'psycopg[binary]'."
         ) from error
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise StorageError(f"storage {masked(url)!r} does not open: {_reason(error)}.") from error
@@ -146,6 +147,12 @@ def open_storage(url: URL, *, create: bool = True) -> RDBStorage:
         sqlalchemy.event.listen(storage.engine, "connect", _sqlite_pragmas)
         storage.engine.dispose()
     return storage
+
+
+def disconnect(storage: RDBStorage) -> None:
+    """Close the connections of a storage; one that is used again connects anew."""
+    storage.remove_session()
+    storage.engine.dispose()
 
 
 def _sqlite_pragmas(connection: sqlite3.Connection, _record: Any) -> None:

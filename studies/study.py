@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -39,6 +40,7 @@ from studies.storage import (
     check_folder,
     coordinator_lock,
     default_folder,
+    disconnect,
     masked,
     open_storage,
     parse_storage,
@@ -124,6 +126,7 @@ class Study:
         self.storage = masked(url)
         root = default_folder(url) if folder is None else Path(folder)
         self._database = open_storage(url)
+        weakref.finalize(self, disconnect, self._database)
         check_folder(root, "the study's folder")
         self._files = Files(root, name)
         self._files.make()

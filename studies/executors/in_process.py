@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 from studies.executors.base import Executor
@@ -41,6 +42,7 @@ class InProcess(Executor):
     def wait(self, seconds: float | None) -> Message | None:
         """See `Executor.wait`; takes as long as the trial does to its next rung."""
         if self._due is None:
+            time.sleep(0.05 if seconds is None else min(seconds, 0.05))
             return None
         message = self._due()
         self._due = None
