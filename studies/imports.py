@@ -39,21 +39,22 @@ def observations(
     """
     if isinstance(source, optuna.Study):
         done = source.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        pairs = [(dict(t.params), list(t.values), f"trial {t.number}") for t in done]
+        pairs = [(dict(t.params), list(t.values), f"{name}, trial {t.number}") for t in done]
     else:
         rows = _csv(Path(source), space) if isinstance(source, str | PathLike) else list(source)
-        pairs = [_split(dict(row), space, metrics, f"row {i}") for i, row in enumerate(rows)]
+        pairs = [
+            _split(dict(row), space, metrics, f"{name}, row {i}") for i, row in enumerate(rows)
+        ]
     known = space.to_optuna()
     found = []
     for params, values, where in pairs:
         try:
             space.values_from_params({k: v for k, v in params.items() if k in known})
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}, {where}: {error}") from error
+            raise ValueError(f"{where}: {error}") from error
         if len(values) != len(metrics) or not all(math.isfinite(v) for v in values):
             raise ValueError(
-                f"{name}, {where}: expected a finite value of {', '.join(metrics)}, but got "
-                f"{values}."
+                f"{where}: expected a finite value of {', '.join(metrics)}, but got {values}."
             )
         mine = {label: value for label, value in params.items() if label in known}
         found.append(
@@ -83,7 +84,10 @@ def _split(
     missing = [n for n in space.sampled if n not in row and not space[n].when]
     if missing:
         raise ValueError(f"{where}: column {missing[0]!r} is missing; got {', '.join(row)}.")
-    return space.to_params(row), values, where
+    try:
+        return space.to_params(row), values, where
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _csv(path: Path, space: Space) -> list[dict[str, Any]]:

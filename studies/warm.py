@@ -39,7 +39,7 @@ def _nearest(ledger: Ledger, space: Space, trial: Trial) -> int | None:
         (distance(space, trial.params, other.params), sign * other.values[0], other.number)
         for other in ledger.trials()
         if other.state is TrialState.COMPLETE
-        and other.user_attrs.get("by") == "gradient"
+        and other.user_attrs.get("by", "gradient") == "gradient"
         and other.number < trial.number
     ]
     return min(candidates)[2] if candidates else None
