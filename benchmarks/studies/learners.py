@@ -1,0 +1,259 @@
+"""Studies of real learners against searches: `python -m benchmarks.studies.learners`.
+
+Every way spends the same number of equivalent training steps (gradients + 2 · Hessian-vector
+products).  Chosen by validation loss, at a rung or at the end; the test loss of the complete
+trial with the best validation loss is reported.  Each seed has its own split and wrong labels.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from adapters import registry, tasks
+from adapters.learner import Learner
+from benchmarks.self_tuning.search import _inside
+from bilevel import Budget, Descent
+from bilevel.checkpoint import copy
+from hypergrad import Unrolled
+from studies import Study
+from studies.events import Event, Finished, Rung
+from studies.spaces import sampled_space
+
+TOTAL, TRIALS, SEEDS = 4000, 9, 3
+RESULTS = Path(__file__).parents[1] / "results" / "studies_learners"
+DESCENT = Descent(Unrolled(steps=10), lr=0.1)
+
+PAIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "network on digits, 30 % wrong": ("network", "digits", {"noise": 0.3}),
+    "network on digits": ("network", "digits", {"n_train": 200}),
+    "network on breast_cancer, 20 % wrong": ("network", "breast_cancer", {"noise": 0.2}),
+    "PS-KD on digits, 30 % wrong": ("ps_kd", "digits", {"noise": 0.3}),
+    "AdaWAC on digits, 30 % wrong": ("adawac", "digits", {"noise": 0.3}),
+}
+
+Curve = list[tuple[float, float]]
+"""(equivalent steps so far, lowest validation loss so far)."""
+Found = tuple[Curve, float, float]
+"""Curve, and validation and test loss of the chosen model."""
+
+
+class Watch:
+    """The curve of a study: what trials cost follows from their share of the budget."""
+
+    def __init__(self, study: Study, budget: int) -> None:
+        self.study, self.budget = study, budget
+        self.shares: dict[int, float] = {}
+        self.curve: Curve = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Finished) and event.record.cost.equivalent_steps:
+            self.shares[event.record.number] = event.record.cost.equivalent_steps / self.budget
+        if isinstance(event, Rung):
+            rungs = self.study.optuna.user_attrs["run"]["rungs"]
+            self.shares[event.number] = rungs[event.rung - 1]
+            best = min([event.value, *(value for _, value in self.curve[-1:])])
+            self.curve.append((sum(self.shares.values()) * self.budget, best))
+
+
+def finished(study: Study, watch: Watch) -> Found:
+    """What a study reached."""
+    best = study.best
+    return watch.curve, float(best.value or 0.0), best.metrics["test/loss"]
+
+
+Way = Callable[[type[Learner], Any, int, Path], Found]
+
+
+def search(sampler: str, pruner: str = "none") -> Way:
+    """Plain trials at sampled values; more of them where a pruner saves steps."""
+
+    def run(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found:
+        study = Study(
+            "s", kind, task, folder / "s.db", space=sampled_space(kind.space), sampler=sampler,
+            pruner=pruner, seed=seed,
+        )  # fmt: skip
+        study.enqueue({})
+        each = TOTAL // TRIALS
+        watch = Watch(study, each)
+        study.run(1000, Budget(equivalent_steps=each), on_event=watch,
+                  total=Budget(equivalent_steps=TOTAL - each // 2))  # fmt: skip
+        return finished(study, watch)
+
+    return run
+
+
+def ours(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found:
+    """The default of a study."""
+    study = Study("o", kind, task, folder / "o.db", algorithm=DESCENT, seed=seed)
+    each = int(TOTAL / 2.4)
+    watch = Watch(study, each)
+    study.run(100, Budget(equivalent_steps=each), on_event=watch,
+              total=Budget(equivalent_steps=TOTAL))  # fmt: skip
+    return finished(study, watch)
+
+
+def one_run(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found:
+    """The gradient alone: one run at the defaults of what the sampler would choose."""
+    rest = dict.fromkeys(kind.space.sampled, "fixed")
+    study = Study("g", kind, task, folder / "g.db", space=kind.space.own(**rest),
+                  algorithm=DESCENT, seed=seed)  # fmt: skip
+    watch = Watch(study, TOTAL)
+    study.run(1, Budget(equivalent_steps=TOTAL), on_event=watch, scheduler="fifo")
+    return finished(study, watch)
+
+
+def population(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found:
+    """Population-based training of the smooth hyperparameters, an own short implementation.
+
+    The worse third copies weights and values of the better one; copied values move by ±0.5 in the
+    unconstrained coordinate or are drawn anew (chance 1/4).  What is not smooth stays at its
+    default, because weights of another shape cannot be copied.
+    """
+    draw, rounds = random.Random(seed), 10
+    space = kind.space.own(**dict.fromkeys(kind.space.sampled, "fixed"))
+    every = sampled_space(space)
+    sampler = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+
+    def member(fresh: bool) -> Any:
+        learner: Any = kind(space)
+        learner.setup(task, given() if fresh else {}, seed=seed)
+        return learner
+
+    def given() -> dict[str, Any]:
+        values = every.suggest(sampler.ask())
+        return _inside(space, {name: values[name] for name in space.grad if name in values})
+
+    members = [member(i > 0) for i in range(TRIALS)]
+    third, cost = max(1, TRIALS // 3), 0
+    curve: Curve = []
+    best = (float("inf"), float("inf"))
+    for _ in range(rounds):
+        for learner in members:
+            for _ in range(TOTAL // TRIALS // rounds):
+                cost += learner.step().cost.gradients
+        losses = [(m.evaluate("val")["loss"], m.evaluate("test")["loss"]) for m in members]
+        best = min(best, *losses)
+        curve.append((float(cost), best[0]))
+        order = sorted(range(TRIALS), key=lambda k: losses[k])
+        for loser, winner in zip(order[-third:], order[:third], strict=True):
+            members[loser].load_state_dict(copy(members[winner].state_dict()))
+            own = members[loser].space  # with the shapes that the network gave it
+            if draw.random() < 0.25:
+                values = own.validate(given(), dtype=task.dtype)
+                moved = {name: values[name] for name in members[loser].hparams}
+            else:
+                z = own.coordinates(members[loser].hparams)
+                moved = own.constrain({n: v + draw.choice((-0.5, 0.5)) for n, v in z.items()})
+            members[loser].set_hparams(moved)
+    return curve, *best
+
+
+WAYS: dict[str, Way] = {
+    "random": search("random"),
+    "TPE": search("tpe"),
+    "ASHA (random + halving pruner)": search("random", "halving"),
+    "PBT": population,
+    "one gradient run": one_run,
+    "study": ours,
+}
+
+
+def measure(pair: str) -> dict[str, list[Found]]:
+    """Run all ways on all seeds."""
+    learner, name, options = PAIRS[pair]
+    found: dict[str, list[Found]] = {}
+    for seed in range(SEEDS):
+        task = tasks.get(name, seed=seed, **options)
+        for way, run in WAYS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                found.setdefault(way, []).append(
+                    run(registry.get(learner), task, seed, Path(folder))
+                )
+            _, val, test = found[way][-1]
+            print(pair, seed, way, round(val, 4), round(test, 4), file=sys.stderr, flush=True)
+    return found
+
+
+def draw(everything: dict[str, dict[str, list[Found]]], path: Path) -> None:
+    """Anytime curves: median over seeds, and the range."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(everything), figsize=(3.6 * len(everything), 3.4))
+    grid = np.linspace(0, TOTAL, 81)
+    for axis, (pair, ways) in zip(np.atleast_1d(axes), everything.items(), strict=True):
+        for color, (way, runs) in enumerate(ways.items()):
+            rows = []
+            for curve, _, _ in runs:
+                cost, value = (np.array(column) for column in zip(*curve, strict=True))
+                at = np.searchsorted(cost, grid, side="right") - 1
+                rows.append(np.where(at >= 0, value[np.maximum(at, 0)], np.nan))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                low, middle, high = np.nanmin(rows, 0), np.nanmedian(rows, 0), np.nanmax(rows, 0)
+            axis.plot(grid, middle, lw=1.6, color=f"C{color}", label=way)
+            axis.fill_between(grid, low, high, color=f"C{color}", alpha=0.12, lw=0)
+        axis.set_title(pair, fontsize=8)
+        axis.set_yscale("log")
+        axis.set_xlabel("equivalent training steps", fontsize=8)
+        axis.tick_params(labelsize=7, which="both")
+        axis.grid(alpha=0.3, which="both")
+    np.atleast_1d(axes)[0].set_ylabel("lowest validation loss so far", fontsize=8)
+    np.atleast_1d(axes)[0].legend(fontsize=6)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def page(everything: dict[str, dict[str, list[Found]]]) -> str:
+    """The tables."""
+    lines = [
+        "# Studies of real learners at equal cost",
+        "",
+        f"{TOTAL} equivalent training steps each (gradients + 2 · Hessian-vector products), seeds",
+        f"0–{SEEDS - 1}, mean ± standard deviation. Chosen by validation loss. Searches: {TRIALS}",
+        "trials' worth of plain training, the first at the defaults; ASHA starts more, and stops",
+        "them early. PBT tunes what is smooth, and takes the best of ten looks. One gradient run:",
+        "no search at all. `python -m benchmarks.studies.learners`; curves in",
+        "studies_learners.png (median and range).",
+    ]
+    for pair, ways in everything.items():
+        lines += ["", f"## {pair}", "", "| way | val loss | test loss |", "| --- | ---: | ---: |"]
+        for way, runs in ways.items():
+            cells = []
+            for k in (1, 2):
+                values = [float(run[k]) for run in runs]  # type: ignore[arg-type]
+                cells.append(f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}")
+            lines.append(f"| {way} | {cells[0]} | {cells[1]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure all pairs, or those whose name holds an argument."""
+    warnings.simplefilter("ignore")
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = RESULTS.with_suffix(".json")
+    known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for pair in PAIRS:
+        if len(sys.argv) == 1 or any(text in pair for text in sys.argv[1:]):
+            known[pair] = measure(pair)
+            path.write_text(json.dumps(known) + "\n")
+    known = {pair: known[pair] for pair in PAIRS if pair in known}
+    RESULTS.with_suffix(".md").write_text(page(known))
+    draw(known, RESULTS.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
