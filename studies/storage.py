@@ -178,9 +178,11 @@ def _check_sqlite(path: Path, create: bool) -> None:
     if path.stat().st_size == 0 and create:
         return
     try:
-        # A read-only connection: a file that turns out to be something else stays untouched.
+        # A connection that only reads: a file that turns out to be something else stays untouched.
+        # What a killed process left in the write-ahead log can be read by a writer alone.
+        mode = "rw" if create and os.access(path, os.W_OK) else "ro"
         connection = sqlite3.connect(
-            f"file:{path.resolve()}?mode=ro", uri=True, timeout=BUSY_TIMEOUT
+            f"file:{path.resolve()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT
         )
         try:
             rows = connection.execute("SELECT name FROM sqlite_master WHERE type='table'")
