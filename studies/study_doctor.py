@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -78,7 +79,10 @@ def _sqlite(path: Path) -> Iterator[Trouble]:
     if not path.exists():
         return
     try:
-        connection = sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True, timeout=60.0)
+        # What a killed process left in the write-ahead log can be read by a writer alone.
+        access = "rw" if os.access(path, os.W_OK) else "ro"
+        where = f"file:{path.resolve()}?mode={access}"
+        connection = sqlite3.connect(where, uri=True, timeout=60.0)
         try:
             check = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
             mode = connection.execute("PRAGMA journal_mode").fetchone()[0]

@@ -22,11 +22,11 @@ from hypergrad import Unrolled
 
 ray = pytest.importorskip("ray")
 from ray.tune.schedulers import (  # noqa: E402
-    PB2,
     ASHAScheduler,
     HyperBandScheduler,
     PopulationBasedTraining,
 )
+from ray.tune.schedulers.pb2 import PB2  # noqa: E402
 
 from studies.ray import (  # noqa: E402
     StudySearcher,
