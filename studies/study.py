@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -34,8 +33,8 @@ from studies.ledger import Ledger, best_trial
 from studies.messages import SCHEDULE, Assignment, Setting
 from studies.record import TrialRecord
 from studies.sampling import derive_seed, make_pruner, make_sampler
-from studies.schedulers import Fifo, Halving, Ladder, Scheduler
-from studies.spaces import combinations, points, sampled_space
+from studies.schedulers import Scheduler
+from studies.spaces import samplable, sampled_space
 from studies.storage import (
     check_folder,
     coordinator_lock,
@@ -45,6 +44,7 @@ from studies.storage import (
     open_storage,
     parse_storage,
 )
+from studies.strategy import choose_scheduler, few_points, fitted
 from studies.trial import rehearse, restore
 from studies.warm import warm_values
 
@@ -55,9 +55,6 @@ __all__ = ["Study"]
 
 Direction = Literal["minimize", "maximize"]
 ExecutorName = Literal["auto", "in_process", "pool", "ray"]
-
-MAX_ENUMERATED = 27
-"""Combinations of discrete values up to which all are tried before any is sampled."""
 
 
 class Study:
@@ -270,7 +267,8 @@ class Study:
         if any(trial.user_attrs.get("imported") == name for trial in trials):
             return 0
         rows = source.optuna if isinstance(source, Study) else source
-        found = observations(rows, sampled_space(self.space), self.metrics, name)
+        space = sampled_space(self.space) if samplable(self.space) else self.space
+        found = observations(rows, space, self.metrics, name)
         with coordinator_lock(self._files.study, self.name):
             self._study.add_trials(found)
         return len(found)
@@ -342,11 +340,14 @@ class Study:
         if workers is not None:
             integer("workers", workers, minimum=1)
         config = executor_config(executor, workers, killing=trial_seconds is not None)
-        policy = self._policy(scheduler)
+        policy = choose_scheduler(scheduler, self.space, self._study)
         budget = Budget.of(budget)
         told = on_event or (lambda event: None)
         with coordinator_lock(self._files.study, self.name):
-            ladder = self._ladder(policy, trials, rungs, budget)
+            grid = few_points(policy, self.space, self.seed) if self._sampler_is_default else []
+            policy = fitted(policy, self.space, len(grid))
+            ladder = policy.ladder(trials, rungs)
+            ladder = agree_on_run(self._study, self.storage, budget, rungs, policy, ladder)
             setting = self._setting(budget, ladder.rungs, checkpoint_seconds)
             ledger = Ledger(
                 self._study, self._database, self._files, self._sampler,
@@ -355,8 +356,7 @@ class Study:
             if not ledger.unfinished(trials):
                 return self
             rehearse(setting, self._assignment(0, self.space.defaults(), bool(self.space.grad)))
-            grid = self._grid(policy, ladder)
-            brackets = Brackets(ledger, policy, ladder, self.space, grid)
+            brackets = Brackets(ledger, policy, ladder, self.space, grid if ladder.levels else [])
 
             def assign(trial: Trial, values: Mapping[str, Any]) -> Assignment:
                 by = ledger.get(trial.number).user_attrs.get("by", "gradient")
@@ -376,48 +376,6 @@ class Study:
                 finally:
                     workers_.close()
         return self
-
-    def _policy(self, scheduler: Scheduler | str) -> Scheduler:
-        if isinstance(scheduler, Scheduler):
-            policy = scheduler
-        elif scheduler == "auto":
-            pruned = not isinstance(self._study.pruner, optuna.pruners.NopPruner)
-            plain = not self.space.grad or pruned or len(self.metrics) > 1
-            policy = Fifo() if plain else Halving()
-        elif scheduler in ("fifo", "halving"):
-            policy = Fifo() if scheduler == "fifo" else Halving()
-        else:
-            raise ValueError(
-                f"scheduler must be 'auto', 'fifo', 'halving' or an object, but got {scheduler!r}."
-            )
-        if isinstance(policy, Halving) and len(self.metrics) > 1:
-            raise ValueError("scheduler: halving ranks by one metric; use 'fifo' for several.")
-        return policy
-
-    def _ladder(self, policy: Scheduler, trials: int, rungs: int, budget: Budget) -> Ladder:
-        """The rungs that were stored with the first trial, or new ones."""
-        if isinstance(policy, Halving) and policy.most is None:
-            if not self.space.sampled:
-                policy = replace(policy, most=1)
-            elif (count := self._enumerable()) is not None:
-                policy = replace(policy, most=count + int(policy.mix and count > 2))
-        ladder = policy.ladder(trials, rungs)
-        return agree_on_run(self._study, self.storage, budget, rungs, policy, ladder)
-
-    def _enumerable(self) -> int | None:
-        """The number of combinations, where the sampler was left to us and they are few."""
-        count = combinations(self.space)
-        few = count is not None and 1 < count <= MAX_ENUMERATED
-        return count if few and self._sampler_is_default else None
-
-    def _grid(self, policy: Scheduler, ladder: Ladder) -> list[dict[str, Any]]:
-        """All combinations, in an order of the seed, where they are to come before any other."""
-        if not isinstance(policy, Halving) or not ladder.levels or self._enumerable() is None:
-            return []
-        order = points(self.space, derive_seed(self.seed, "enumerate"))
-        if ladder.width > len(order):  # the one at sampled values
-            order.append(sampled_space(self.space).to_params({}))
-        return order
 
     def _setting(
         self,
