@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import uuid
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
-from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
 from ray._private.dict import unflatten_dict
 from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from bilevel.space import Space
-from studies.agreement import MismatchError
-from studies.ray_endings import Ending, Endings
-from studies.ray_trainable import FAILURE, NUMBER
+from studies.ray_endings import Endings
+from studies.ray_study import (
+    TRIAL_ID,
+    SpaceLike,
+    add_point,
+    agree,
+    draw,
+    fail,
+    finite,
+    orphans,
+    prune,
+    tell,
+)
+from studies.ray_trainable import NUMBER
 from studies.sampling import make_sampler
 from studies.storage import open_storage, parse_storage
 from studies.trials_json import trial_from_json, trial_to_json
@@ -33,12 +41,7 @@ from studies.trials_json import trial_from_json, trial_to_json
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
-__all__ = ["TRIAL_ID", "StudySearcher"]
-
-TRIAL_ID = "ray_trial_id"
-"""User attribute with Tune's id of a trial: what a restored sweep is reconciled by."""
-
-SpaceLike = Space | Mapping[str, BaseDistribution] | Callable[[Any], Mapping[str, Any] | None]
+__all__ = ["StudySearcher"]
 
 Direction = Literal["minimize", "maximize"]
 
@@ -204,40 +207,21 @@ class StudySearcher(Searcher):
             directions=directions,
             load_if_exists=True,
         )
-        self._agree(study, directions)
+        agree(study, self._space, directions)
         if not study.get_trials(deepcopy=False):
-            self._warm_up(study)
+            for point, reward in zip(self._points, self._rewards or self._points, strict=True):
+                if self._rewards is None:
+                    study.enqueue_trial(dict(point))
+                else:
+                    add_point(study, self._space, self._metrics, point, reward)
         return study
-
-    def _agree(self, study: optuna.Study, directions: Sequence[str]) -> None:
-        lines = []
-        old = [direction.name.lower() for direction in study.directions]
-        if old != list(directions):
-            lines.append(f"direction: {old} before, {directions} now")
-        mine = self._space.to_json() if isinstance(self._space, Space) else None
-        stored = study.user_attrs.get("space")
-        if mine is not None and stored is not None:
-            lines += Space.from_json(stored).differences(Space.from_json(mine))
-        if lines:
-            raise MismatchError(
-                f"study {study.study_name!r} has other settings:\n  " + "\n  ".join(lines)
-            )
-        if mine is not None and stored is None:
-            study.set_user_attr("space", mine)
-
-    def _warm_up(self, study: optuna.Study) -> None:
-        if self._rewards is None:
-            for point in self._points:
-                study.enqueue_trial(dict(point))
-            return
-        for point, reward in zip(self._points, self._rewards, strict=True):
-            self._add(study, point, reward)
 
     # Asking.
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """See `Searcher.suggest`; after a restore, trials that Tune forgot come first."""
         study = self.study
+        assert self._space is not None  # or there is no study
         known = self._number(trial_id)
         if known is None and self._orphans:
             known = self._orphans.pop(0)
@@ -246,32 +230,15 @@ class StudySearcher(Searcher):
         self._numbers[trial_id] = trial.number
         if not self._frozen(trial.number).state.is_finished():
             trial.set_user_attr(TRIAL_ID, trial_id)
-            returned = self._draw(trial)
+            returned = draw(self._space, trial)
         else:
-            returned = self._draw(FixedTrial(trial.params))
+            returned = draw(self._space, FixedTrial(trial.params))
         config = {**trial.params, **returned}
         if not isinstance(self._space, Space):
             config = unflatten_dict(config)
         if self._number_trials:
             config[NUMBER] = trial.number
         return config
-
-    def _draw(self, trial: Any) -> Mapping[str, Any]:
-        """Ask a trial for all params; returns what a function adds to them."""
-        space = self._space
-        if isinstance(space, Space):
-            space.suggest(trial)
-        elif isinstance(space, Mapping):
-            for name, distribution in space.items():
-                trial._suggest(name, distribution)
-        elif space is not None:
-            found = space(trial)
-            if found is not None and not isinstance(found, Mapping):
-                raise TypeError(
-                    f"space: the function must return None or a dict, but got {found!r}."
-                )
-            return found or {}
-        return {}
 
     # Being told.
 
@@ -281,7 +248,7 @@ class StudySearcher(Searcher):
         number = self._number(trial_id)
         if number is None or len(self._metrics) > 1:
             return
-        frozen, value = self._frozen(number), _finite(result.get(self._metrics[0]))
+        frozen, value = self._frozen(number), finite(result.get(self._metrics[0]))
         step = int(result.get(TRAINING_ITERATION, 0))
         open_ = not frozen.state.is_finished() and step not in frozen.intermediate_values
         if open_ and value is not None:
@@ -296,56 +263,12 @@ class StudySearcher(Searcher):
             return
         trial = self._trial(number)
         if error:
-            self._fail(trial, "exception", "the trial raised; see error.txt in its folder")
+            fail(self.study, trial, "exception", "the trial raised; see error.txt in its folder")
             return
         if result is None:
-            self._prune(trial, "removed by the scheduler while it was paused or pending")
+            prune(self.study, trial, "removed by the scheduler while it was paused or pending")
             return
-        self._note(trial, result)
-        if f"{FAILURE}/kind" in result:
-            self._fail(trial, result[f"{FAILURE}/kind"], result[f"{FAILURE}/message"])
-            return
-        values = []
-        for name in self._metrics:
-            if name not in result:
-                self._fail(trial, "exception", f"the last report has no metric {name!r}")
-                return
-            value = _finite(result[name])
-            if value is None:
-                self._fail(trial, "not finite", f"{name} is {result[name]!r}")
-                return
-            values.append(value)
-        ending, reason = self._endings.of(trial_id, result)
-        if ending is Ending.STOPPED:
-            if len(values) == 1:
-                step = int(result.get(TRAINING_ITERATION, 0))
-                if step not in self._frozen(number).intermediate_values:
-                    trial.report(values[0], step)
-            self._prune(trial, reason)
-            return
-        self.study.tell(trial, values)
-
-    def _note(self, trial: Trial, result: Mapping[str, Any]) -> None:
-        for name, value in result.items():
-            if name.startswith("constraint/"):
-                label, excess = name.removeprefix("constraint/"), _finite(value)
-                if label not in trial.constraints:
-                    trial.set_constraint(label, math.inf if excess is None else excess)
-            elif name.startswith("attr/"):
-                label = name.removeprefix("attr/")
-                try:
-                    json.dumps(value := getattr(value, "item", lambda v=value: v)())
-                except TypeError as error:
-                    value = f"not stored: {error}"
-                trial.set_user_attr(label, value)
-
-    def _fail(self, trial: Trial, kind: str, message: str) -> None:
-        trial.set_user_attr("failure", {"kind": kind, "message": message})
-        self.study.tell(trial, state=TrialState.FAIL)
-
-    def _prune(self, trial: Trial, reason: str) -> None:
-        trial.set_user_attr("status", reason)
-        self.study.tell(trial, state=TrialState.PRUNED)
+        tell(self.study, trial, self._metrics, result, self._endings.of(trial_id, result))
 
     def add_evaluated_point(
         self,
@@ -360,39 +283,11 @@ class StudySearcher(Searcher):
         Raises:
             ValueError: a point outside the space, or not as many values as metrics.
         """
+        study = self.study
+        assert self._space is not None  # or there is no study
         state = TrialState.FAIL if error else TrialState.PRUNED if pruned else TrialState.COMPLETE
-        self._add(self.study, parameters, value, state, intermediate_values or [])
-
-    def _add(
-        self,
-        study: optuna.Study,
-        point: Mapping[str, Any],
-        value: Any,
-        state: TrialState = TrialState.COMPLETE,
-        rungs: Sequence[float] = (),
-    ) -> None:
-        fixed = FixedTrial(dict(point))
-        with warnings.catch_warnings():  # what is outside is refused below
-            warnings.simplefilter("ignore", UserWarning)
-            self._draw(fixed)
-        for name, distribution in fixed.distributions.items():
-            inner = distribution.to_internal_repr(fixed.params[name])
-            if not distribution._contains(inner):
-                raise ValueError(
-                    f"points_to_evaluate: {name}={point[name]!r} is outside the space."
-                )
-        values = [float(v) for v in (value if isinstance(value, Sequence) else [value])]
-        if len(values) != len(self._metrics):
-            raise ValueError(f"evaluated_rewards: expected {self._metrics}, but got {value!r}.")
-        study.add_trial(
-            create_trial(
-                state=state,
-                values=None if state is TrialState.FAIL else values,
-                params=fixed.params,
-                distributions=fixed.distributions,
-                intermediate_values=dict(enumerate(rungs)),
-                user_attrs={"imported": "evaluated_rewards"},
-            )
+        add_point(
+            study, self._space, self._metrics, parameters, value, state, intermediate_values or ()
         )
 
     # Trials.
@@ -449,7 +344,7 @@ class StudySearcher(Searcher):
             self._points, self._rewards = points, rewards
         self._numbers = dict(state["numbers"])
         if self._metrics and self._space is not None:
-            self._find_orphans(set(self._numbers))
+            self._orphans = orphans(self.study, set(self._numbers))
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """See `Searcher.restore_from_dir`; also looks up which trials Tune knows."""
@@ -458,17 +353,7 @@ class StudySearcher(Searcher):
         if states and self._metrics and self._space is not None:
             text = states[-1].read_text(encoding="utf-8")
             known = set(re.findall(r'trial_id\\*": \\*"(\w+)', text))
-            self._find_orphans(known | set(self._numbers))
-
-    def _find_orphans(self, known: set[str]) -> None:
-        """Trials that were asked after Tune's last snapshot: it will ask for them again."""
-        self._orphans = [
-            frozen.number
-            for frozen in self.study.get_trials(deepcopy=False)
-            if frozen.state is not TrialState.WAITING
-            and "imported" not in frozen.user_attrs
-            and frozen.user_attrs.get(TRIAL_ID) not in known
-        ]
+            self._orphans = orphans(self.study, known | set(self._numbers))
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -479,12 +364,3 @@ class StudySearcher(Searcher):
         elif isinstance(self._storage, InMemoryStorage):
             state["_storage"] = None  # `save` writes its trials
         return state
-
-
-def _finite(value: Any) -> float | None:
-    """A finite number, or None."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None

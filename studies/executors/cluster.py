@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from studies.executors.base import Executor, ExecutorError
+from studies.hosts import check_hosts
 from studies.messages import Assignment, Decision, Lost, Message, Outcome, Paused, Setting
 from studies.record import Failure
 from studies.worker import Worker
@@ -25,7 +28,7 @@ class _Remote:
         self._worker = Worker(setting)
         self._folder = Path(tempfile.mkdtemp(prefix="bilevel-"))
         self._file = self._folder / "none.pt"
-        self._sent = 0
+        self._sent = 0  # when what was sent last was written, in ns
 
     def ready(self) -> bool:
         """Answer once everything is imported."""
@@ -69,8 +72,8 @@ class _Node:
     def __init__(self, actor: Any) -> None:
         self.actor = actor
         self.trial: Assignment | None = None
-        self.reply: Any = None
-        self.look: Any = None
+        self.reply: Any = None  # to come: the next message of the trial
+        self.look: Any = None  # to come: its checkpoint, while it goes on
         self.ready = False
         self.sign = actor.ready.remote()
 
@@ -88,6 +91,7 @@ class Cluster(Executor):
     Raises:
         ExecutorError: Ray is not installed, the cluster cannot be reached, or no node has the
             resources.
+        RuntimeError: the cluster has several hosts and no token authentication.
     """
 
     def __init__(
@@ -98,16 +102,20 @@ class Cluster(Executor):
         address: str | None = None,
         resources: dict[str, float] | None = None,
     ) -> None:
+        # Ray's ports listen on every interface; it reads this while it is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
         try:
             import ray
         except ImportError as error:
             raise ExecutorError("executor 'ray' needs Ray: pip install 'ray[default]'.") from error
         self._ray = ray
+        self._nodes: list[_Node] = []
         self._ours = not ray.is_initialized()
         if self._ours:
             _connect(ray, address, workers)
         wanted = dict(resources or {"CPU": 1.0})
         try:
+            check_hosts()
             _check_resources(ray, wanted)
             self._options = {
                 "num_cpus": wanted.pop("CPU", 0),
@@ -168,9 +176,10 @@ class Cluster(Executor):
             said = str(error).strip().splitlines()[0]
             return Lost(trial.number, Failure("died", f"worker died: {said}"))
         node.reply = None
+        self._seen(node)  # older than what came with the message
         _keep(trial, state)
         if isinstance(message, Outcome | Paused):
-            node.trial, node.look = None, None
+            node.trial = None
         found: Message = message
         return found
 
@@ -186,7 +195,7 @@ class Cluster(Executor):
 
     def close(self) -> None:
         """See `Executor.close`."""
-        for node in getattr(self, "_nodes", []):
+        for node in self._nodes:
             self._ray.kill(node.actor)
         self._nodes = []
         if self._ours:
@@ -211,17 +220,17 @@ class Cluster(Executor):
     def _fetch(self, busy: list[_Node]) -> None:
         """Bring over what running trials have stored, without waiting for it."""
         for node in busy:
-            if node.look is not None:
-                ready, _ = self._ray.wait([node.look], timeout=0)
-                if not ready:
-                    continue
-                try:
-                    state = self._ray.get(node.look)
-                except self._ray.exceptions.RayActorError:
-                    continue  # its reply says so, too
-                if node.trial is not None:
-                    _keep(node.trial, state)
-            node.look = node.actor.checkpoint.remote()
+            if node.look is None or self._ray.wait([node.look], timeout=0)[0]:
+                self._seen(node)
+                node.look = node.actor.checkpoint.remote()
+
+    def _seen(self, node: _Node) -> None:
+        """Keep the checkpoint that was asked for."""
+        if node.look is None or node.trial is None:
+            return
+        with contextlib.suppress(self._ray.exceptions.RayActorError):  # its next reply says so
+            _keep(node.trial, self._ray.get(node.look))
+        node.look = None
 
 
 def _keep(trial: Assignment, state: bytes | None) -> None:
@@ -234,18 +243,20 @@ def _keep(trial: Assignment, state: bytes | None) -> None:
 
 
 def _connect(ray: Any, address: str | None, workers: int) -> None:
-    import os
-
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address is None:
-            ray.init(num_cpus=workers, include_dashboard=False, **quiet)
+            ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
         else:
             ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         said = str(error).strip().splitlines()[0]
-        raise ExecutorError(f"ray: the cluster {address!r} cannot be reached: {said}") from error
+        where = (
+            "a local cluster does not start"
+            if address is None
+            else f"cluster {address!r} is not reached"
+        )
+        raise ExecutorError(f"ray: {where}: {said}") from error
 
 
 def _check_resources(ray: Any, wanted: dict[str, float]) -> None:

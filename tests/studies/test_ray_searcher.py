@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +14,12 @@ from optuna.trial import TrialState
 
 from bilevel import Choice, Float, Int, Space
 
-ray = pytest.importorskip("ray")
-from ray import tune  # noqa: E402
-from ray.tune.schedulers import ASHAScheduler  # noqa: E402
+pytest.importorskip("ray")
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
 
-from studies import MismatchError  # noqa: E402
-from studies.ray import StudySearcher, tuner  # noqa: E402
+from studies import MismatchError
+from studies.ray import StudySearcher, tuner
 
 pytestmark = [pytest.mark.filterwarnings("default")]
 SPACE = Space(
@@ -32,16 +29,6 @@ SPACE = Space(
 )
 X = {"x": FloatDistribution(-1.0, 1.0)}
 DONE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    with warnings.catch_warnings():  # Ray leaves its processes to the garbage collector
-        warnings.simplefilter("ignore")
-        ray.shutdown()
-        gc.collect()
 
 
 def square(config: dict[str, Any]) -> None:
@@ -341,6 +328,6 @@ CASES = {name: case for name, case in globals().items() if name.startswith("case
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_case(name: str, tmp_path: Path, cluster: None) -> None:
+def test_case(name: str, tmp_path: Path, ray_cluster: None) -> None:
     assert len(CASES) == 19
     CASES[name](tmp_path)

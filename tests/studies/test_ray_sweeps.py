@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +17,15 @@ from adapters import registry, tasks
 from bilevel import Descent
 from hypergrad import Unrolled
 
-ray = pytest.importorskip("ray")
-from ray.tune.schedulers import (  # noqa: E402
+pytest.importorskip("ray")
+from ray.tune.schedulers import (
     ASHAScheduler,
     HyperBandScheduler,
     PopulationBasedTraining,
 )
-from ray.tune.schedulers.pb2 import PB2  # noqa: E402
+from ray.tune.schedulers.pb2 import PB2
 
-from studies.ray import (  # noqa: E402
+from studies.ray import (
     StudySearcher,
     Within,
     as_trainable,
@@ -52,16 +49,6 @@ def make() -> Any:
     return as_trainable("network", task, SPACE, Descent(Unrolled(steps=5), lr=0.1), budget=40)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    with warnings.catch_warnings():  # Ray leaves its processes to the garbage collector
-        warnings.simplefilter("ignore")
-        ray.shutdown()
-        gc.collect()
-
-
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -70,7 +57,7 @@ def cluster() -> Iterator[None]:
     ],
     ids=["asha", "hyperband"],
 )
-def test_halving_schedulers(scheduler: Any, tmp_path: Path, cluster: None) -> None:
+def test_halving_schedulers(scheduler: Any, tmp_path: Path, ray_cluster: None) -> None:
     found = StudySearcher(SPACE, "loss", "min")
     results = tuner(make(), found, trials=6, workers=2, out=tmp_path, scheduler=scheduler).fit()
     assert results.num_errors == 0
@@ -80,7 +67,7 @@ def test_halving_schedulers(scheduler: Any, tmp_path: Path, cluster: None) -> No
 
 
 @pytest.mark.parametrize("kind", ["pbt", "pb2"])
-def test_population_based_training(kind: str, tmp_path: Path, cluster: None) -> None:
+def test_population_based_training(kind: str, tmp_path: Path, ray_cluster: None) -> None:
     common: dict[str, Any] = {"perturbation_interval": 2, "custom_explore_fn": Within(SPACE)}
     if kind == "pbt":
         scheduler = PopulationBasedTraining(hyperparam_mutations=mutations(SPACE), **common)

@@ -1,0 +1,196 @@
+"""What a sweep of Ray Tune does to an Optuna study: open, draw, tell, and find what was lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.trial import FixedTrial, Trial, TrialState, create_trial
+from ray.air.constants import TRAINING_ITERATION
+
+from bilevel.space import Space
+from studies.agreement import MismatchError
+from studies.ray_endings import Ending
+from studies.ray_trainable import FAILURE
+
+__all__ = [
+    "TRIAL_ID",
+    "SpaceLike",
+    "add_point",
+    "agree",
+    "draw",
+    "fail",
+    "finite",
+    "orphans",
+    "prune",
+    "tell",
+]
+
+TRIAL_ID = "ray_trial_id"
+"""User attribute with Tune's id of a trial: what a restored sweep is reconciled by."""
+
+SpaceLike = Space | Mapping[str, BaseDistribution] | Callable[[Any], Mapping[str, Any] | None]
+
+
+def agree(study: optuna.Study, space: SpaceLike, directions: Sequence[str]) -> None:
+    """Refuse to go on with a study of other directions or another space; remember the space.
+
+    Raises:
+        MismatchError: with a line for each difference.
+    """
+    lines = []
+    old = [direction.name.lower() for direction in study.directions]
+    if old != list(directions):
+        lines.append(f"direction: {old} before, {directions} now")
+    mine = space.to_json() if isinstance(space, Space) else None
+    stored = study.user_attrs.get("space")
+    if mine is not None and stored is not None:
+        lines += Space.from_json(stored).differences(Space.from_json(mine))
+    if lines:
+        raise MismatchError(
+            f"study {study.study_name!r} has other settings:\n  " + "\n  ".join(lines)
+        )
+    if mine is not None and stored is None:
+        study.set_user_attr("space", mine)
+
+
+def draw(space: SpaceLike, trial: Any) -> Mapping[str, Any]:
+    """Ask a trial for all params; returns what a function adds to them.
+
+    Raises:
+        TypeError: a function that returns something else than a dict.
+    """
+    if isinstance(space, Space):
+        space.suggest(trial)
+    elif isinstance(space, Mapping):
+        for name, distribution in space.items():
+            trial._suggest(name, distribution)
+    else:
+        found = space(trial)
+        if found is not None and not isinstance(found, Mapping):
+            raise TypeError(f"space: the function must return None or a dict, but got {found!r}.")
+        return found or {}
+    return {}
+
+
+def add_point(
+    study: optuna.Study,
+    space: SpaceLike,
+    metrics: Sequence[str],
+    point: Mapping[str, Any],
+    value: Any,
+    state: TrialState = TrialState.COMPLETE,
+    rungs: Sequence[float] = (),
+) -> None:
+    """Add a point whose value is known.
+
+    Raises:
+        ValueError: a point outside the space, or not as many values as metrics.
+    """
+    fixed = FixedTrial(dict(point))
+    with warnings.catch_warnings():  # what is outside is refused below
+        warnings.simplefilter("ignore", UserWarning)
+        draw(space, fixed)
+    for name, distribution in fixed.distributions.items():
+        inner = distribution.to_internal_repr(fixed.params[name])
+        if not distribution._contains(inner):
+            raise ValueError(f"points_to_evaluate: {name}={point[name]!r} is outside the space.")
+    values = [float(v) for v in (value if isinstance(value, Sequence) else [value])]
+    if len(values) != len(metrics):
+        raise ValueError(f"evaluated_rewards: expected {metrics}, but got {value!r}.")
+    study.add_trial(
+        create_trial(
+            state=state,
+            values=None if state is TrialState.FAIL else values,
+            params=fixed.params,
+            distributions=fixed.distributions,
+            intermediate_values=dict(enumerate(rungs)),
+            user_attrs={"imported": "evaluated_rewards"},
+        )
+    )
+
+
+def tell(
+    study: optuna.Study,
+    trial: Trial,
+    metrics: Sequence[str],
+    result: Mapping[str, Any],
+    ending: tuple[Ending, str],
+) -> None:
+    """Tell what became of a trial, from its last report and how it ended."""
+    note(trial, result)
+    if f"{FAILURE}/kind" in result:
+        fail(study, trial, result[f"{FAILURE}/kind"], result[f"{FAILURE}/message"])
+        return
+    values = []
+    for name in metrics:
+        if name not in result:
+            fail(study, trial, "exception", f"the last report has no metric {name!r}")
+            return
+        value = finite(result[name])
+        if value is None:
+            fail(study, trial, "not finite", f"{name} is {result[name]!r}")
+            return
+        values.append(value)
+    how, reason = ending
+    if how is Ending.STOPPED:
+        if len(values) == 1:
+            step = int(result.get(TRAINING_ITERATION, 0))
+            if step not in study.get_trials(deepcopy=False)[trial.number].intermediate_values:
+                trial.report(values[0], step)
+        prune(study, trial, reason)
+        return
+    study.tell(trial, values)
+
+
+def note(trial: Trial, result: Mapping[str, Any]) -> None:
+    """Store the constraints and attributes that a trial reported."""
+    for name, value in result.items():
+        if name.startswith("constraint/"):
+            label, excess = name.removeprefix("constraint/"), finite(value)
+            if label not in trial.constraints:
+                trial.set_constraint(label, math.inf if excess is None else excess)
+        elif name.startswith("attr/"):
+            label = name.removeprefix("attr/")
+            try:
+                json.dumps(value := getattr(value, "item", lambda v=value: v)())
+            except TypeError as error:
+                value = f"not stored: {error}"
+            trial.set_user_attr(label, value)
+
+
+def fail(study: optuna.Study, trial: Trial, kind: str, message: str) -> None:
+    """Tell that a trial failed, and why."""
+    trial.set_user_attr("failure", {"kind": kind, "message": message})
+    study.tell(trial, state=TrialState.FAIL)
+
+
+def prune(study: optuna.Study, trial: Trial, reason: str) -> None:
+    """Tell that a trial was stopped before its end, and by whom."""
+    trial.set_user_attr("status", reason)
+    study.tell(trial, state=TrialState.PRUNED)
+
+
+def orphans(study: optuna.Study, known: set[str]) -> list[int]:
+    """Trials that were asked after Tune's last snapshot: it will ask for them again."""
+    return [
+        frozen.number
+        for frozen in study.get_trials(deepcopy=False)
+        if frozen.state is not TrialState.WAITING
+        and "imported" not in frozen.user_attrs
+        and frozen.user_attrs.get(TRIAL_ID) not in known
+    ]
+
+
+def finite(value: Any) -> float | None:
+    """A finite number, or None."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
