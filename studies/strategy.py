@@ -12,7 +12,7 @@ from studies.sampling import derive_seed
 from studies.schedulers import Fifo, Halving, Scheduler
 from studies.spaces import combinations, points, samplable, sampled_space
 
-__all__ = ["choose_scheduler", "few_points", "fitted"]
+__all__ = ["choose_scheduler", "first_points", "fitted"]
 
 MAX_ENUMERATED = 27
 """Combinations of discrete values up to which all are tried before any is sampled."""
@@ -41,24 +41,28 @@ def choose_scheduler(scheduler: Scheduler | str, space: Space, study: optuna.Stu
     return chosen
 
 
-def few_points(scheduler: Scheduler, space: Space, seed: int) -> list[dict[str, Any]]:
-    """Return all combinations, in an order of the seed, where they are few; otherwise none.
+def first_points(scheduler: Scheduler, space: Space, seed: int) -> list[dict[str, Any]]:
+    """Return what is tried before anything is sampled, by mangled names.
 
-    After them the defaults at sampled values, for the trial of a bracket without hypergradients.
+    Under halving: all combinations, in an order of the seed, where they are few, and then the
+    defaults at sampled values, for the trial of a bracket without hypergradients; the defaults
+    alone where the combinations are many.
     """
-    count = combinations(space)
-    if not isinstance(scheduler, Halving) or count is None or not 1 < count <= MAX_ENUMERATED:
+    if not isinstance(scheduler, Halving) or not space.sampled:
         return []
+    count = combinations(space)
+    if count is None or not 1 < count <= MAX_ENUMERATED:
+        return [space.to_params({})]
     order = points(space, derive_seed(seed, "enumerate"))
     if scheduler.mix and space.grad and count > 2 and samplable(space):
         order.append(sampled_space(space).to_params({}))
     return order
 
 
-def fitted(scheduler: Scheduler, space: Space, few: int) -> Scheduler:
+def fitted(scheduler: Scheduler, space: Space, first: int) -> Scheduler:
     """Return the scheduler with brackets of the points that come first, where it left that open."""
     if not isinstance(scheduler, Halving) or scheduler.most is not None:
         return scheduler
     if not space.sampled:  # the same trial again and again: one at a time
         return replace(scheduler, most=1)
-    return replace(scheduler, most=few) if few else scheduler
+    return replace(scheduler, most=first) if first > 1 else scheduler

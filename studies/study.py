@@ -44,7 +44,7 @@ from studies.storage import (
     open_storage,
     parse_storage,
 )
-from studies.strategy import choose_scheduler, few_points, fitted
+from studies.strategy import choose_scheduler, first_points, fitted
 from studies.trial import rehearse, restore
 from studies.warm import warm_values
 
@@ -344,7 +344,7 @@ class Study:
         budget = Budget.of(budget)
         told = on_event or (lambda event: None)
         with coordinator_lock(self._files.study, self.name):
-            grid = few_points(policy, self.space, self.seed) if self._sampler_is_default else []
+            grid = first_points(policy, self.space, self.seed) if self._sampler_is_default else []
             policy = fitted(policy, self.space, len(grid))
             ladder = policy.ladder(trials, rungs)
             ladder = agree_on_run(self._study, self.storage, budget, rungs, policy, ladder)
@@ -356,7 +356,7 @@ class Study:
             if not ledger.unfinished(trials):
                 return self
             rehearse(setting, self._assignment(0, self.space.defaults(), bool(self.space.grad)))
-            brackets = Brackets(ledger, policy, ladder, self.space, grid if ladder.levels else [])
+            brackets = Brackets(ledger, policy, ladder, self.space, grid)
 
             def assign(trial: Trial, values: Mapping[str, Any]) -> Assignment:
                 by = ledger.get(trial.number).user_attrs.get("by", "gradient")

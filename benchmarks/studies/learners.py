@@ -126,12 +126,17 @@ def population(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found
 
     def member(fresh: bool) -> Any:
         learner: Any = kind(space)
-        learner.setup(task, given() if fresh else {}, seed=seed)
+        learner.setup(task, {}, seed=seed)
+        if fresh:
+            learner.set_hparams(drawn(learner))
         return learner
 
-    def given() -> dict[str, Any]:
+    def drawn(learner: Any) -> dict[str, Any]:
+        """Values for what the gradient would own, drawn by the sampler."""
         values = every.suggest(sampler.ask())
-        return _inside(space, {name: values[name] for name in space.grad if name in values})
+        inside = _inside(space, {name: values[name] for name in learner.hparams})
+        checked = learner.space.validate(inside, dtype=task.dtype)
+        return {name: checked[name] for name in learner.hparams}
 
     members = [member(i > 0) for i in range(TRIALS)]
     third, cost = max(1, TRIALS // 3), 0
@@ -149,8 +154,7 @@ def population(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found
             members[loser].load_state_dict(copy(members[winner].state_dict()))
             own = members[loser].space  # with the shapes that the network gave it
             if draw.random() < 0.25:
-                values = own.validate(given(), dtype=task.dtype)
-                moved = {name: values[name] for name in members[loser].hparams}
+                moved = drawn(members[loser])
             else:
                 z = own.coordinates(members[loser].hparams)
                 moved = own.constrain({n: v + draw.choice((-0.5, 0.5)) for n, v in z.items()})
