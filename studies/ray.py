@@ -66,7 +66,7 @@ def tuner(
         trainable: from `as_trainable`, or any trainable of Tune.
         searcher: the study; None where Tune draws the configs itself, as PBT and PB2 want it.
         trials: of the sweep in total.
-        workers: trials at a time.
+        workers: trials at a time; with HyperBand, PBT and PB2 what the cluster has resources for.
         out: folder for the sweep; on a cluster one that every node sees, or a URL such as ``s3://``.
         name: folder of the sweep inside `out`.
         metric: what schedulers compare, and a searcher without metric optimizes.  Default: the
@@ -86,6 +86,7 @@ def tuner(
     """
     import ray
     from ray import tune
+    from ray.tune.schedulers import HyperBandScheduler, PopulationBasedTraining
 
     integer("trials", trials, minimum=1)
     integer("workers", workers, minimum=1)
@@ -107,6 +108,8 @@ def tuner(
         metric, mode = known[0], searcher.modes[0]  # type: ignore[union-attr]
     runs = tune.with_resources(trainable, dict(resources)) if resources else trainable
     path = str(out)
+    # They pause trials to compare them with others, and Tune's limit counts paused ones.
+    pauses = isinstance(scheduler, HyperBandScheduler | PopulationBasedTraining)
     return tune.Tuner(
         runs,
         param_space=space,
@@ -116,7 +119,7 @@ def tuner(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=trials,
-            max_concurrent_trials=workers,
+            max_concurrent_trials=None if pauses else workers,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(

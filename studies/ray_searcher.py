@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.samplers import BaseSampler
@@ -25,10 +24,12 @@ from studies.ray_study import (
     TRIAL_ID,
     SpaceLike,
     add_point,
-    agree,
+    aims,
     draw,
     fail,
     finite,
+    known_to_tune,
+    open_study,
     orphans,
     prune,
     tell,
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
 __all__ = ["StudySearcher"]
-
-Direction = Literal["minimize", "maximize"]
 
 STRICT = "TUNE_DISABLE_STRICT_METRIC_CHECKING"
 
@@ -121,13 +120,7 @@ class StudySearcher(Searcher):
     # What is optimized.
 
     def _aim(self, metric: Any, mode: Any) -> None:
-        metrics = (metric,) if isinstance(metric, str) else tuple(metric or ())
-        modes = (mode,) * len(metrics) if isinstance(mode, str) else tuple(mode or ())
-        if not metrics or len(metrics) != len(modes) or not set(modes) <= {"min", "max"}:
-            raise ValueError(
-                "metric and mode must be names and 'min' or 'max', as many of one as of the "
-                f"other, but got metric={metric!r}, mode={mode!r}."
-            )
+        metrics, modes = aims(metric, mode)
         if self._metrics and (metrics, modes) != (self._metrics, self._modes):
             raise ValueError(
                 f"metric: the searcher has {self._metrics} {self._modes}, but TuneConfig has "
@@ -197,24 +190,15 @@ class StudySearcher(Searcher):
         os.environ.setdefault(STRICT, "1")
         if self._storage is None:
             self._storage = InMemoryStorage() if self._url is None else open_storage(self._url)
-        directions: list[Direction] = [
-            "minimize" if mode == "min" else "maximize" for mode in self._modes
-        ]
-        study = optuna.create_study(
-            study_name=self._name,
-            storage=self._storage,
-            sampler=self._sampler,
-            directions=directions,
-            load_if_exists=True,
+        return open_study(
+            self._name,
+            self._storage,
+            self._sampler,
+            self._space,
+            (self._metrics, self._modes),
+            self._points,
+            self._rewards,
         )
-        agree(study, self._space, directions)
-        if not study.get_trials(deepcopy=False):
-            for point, reward in zip(self._points, self._rewards or self._points, strict=True):
-                if self._rewards is None:
-                    study.enqueue_trial(dict(point))
-                else:
-                    add_point(study, self._space, self._metrics, point, reward)
-        return study
 
     # Asking.
 
@@ -349,10 +333,8 @@ class StudySearcher(Searcher):
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """See `Searcher.restore_from_dir`; also looks up which trials Tune knows."""
         super().restore_from_dir(checkpoint_dir)
-        states = sorted(Path(checkpoint_dir).glob("experiment_state-*.json"))
-        if states and self._metrics and self._space is not None:
-            text = states[-1].read_text(encoding="utf-8")
-            known = set(re.findall(r'trial_id\\*": \\*"(\w+)', text))
+        known = known_to_tune(Path(checkpoint_dir))
+        if known is not None and self._metrics and self._space is not None:
             self._orphans = orphans(self.study, known | set(self._numbers))
 
     def __getstate__(self) -> dict[str, Any]:

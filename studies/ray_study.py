@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, Trial, TrialState, create_trial
 from ray.air.constants import TRAINING_ITERATION
 
@@ -22,14 +26,18 @@ __all__ = [
     "TRIAL_ID",
     "SpaceLike",
     "add_point",
-    "agree",
+    "aims",
     "draw",
     "fail",
     "finite",
+    "known_to_tune",
+    "open_study",
     "orphans",
     "prune",
     "tell",
 ]
+
+_DIRECTIONS: Mapping[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
 
 TRIAL_ID = "ray_trial_id"
 """User attribute with Tune's id of a trial: what a restored sweep is reconciled by."""
@@ -37,7 +45,58 @@ TRIAL_ID = "ray_trial_id"
 SpaceLike = Space | Mapping[str, BaseDistribution] | Callable[[Any], Mapping[str, Any] | None]
 
 
-def agree(study: optuna.Study, space: SpaceLike, directions: Sequence[str]) -> None:
+def aims(metric: Any, mode: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return metrics and modes, as many of one as of the other.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    metrics = (metric,) if isinstance(metric, str) else tuple(metric or ())
+    modes = (mode,) * len(metrics) if isinstance(mode, str) else tuple(mode or ())
+    if not metrics or len(metrics) != len(modes) or not set(modes) <= {"min", "max"}:
+        raise ValueError(
+            "metric and mode must be names and 'min' or 'max', as many of one as of the "
+            f"other, but got metric={metric!r}, mode={mode!r}."
+        )
+    return metrics, modes
+
+
+def open_study(
+    name: str,
+    storage: BaseStorage,
+    sampler: BaseSampler,
+    space: SpaceLike,
+    aim: tuple[Sequence[str], Sequence[str]],
+    points: Sequence[Mapping[str, Any]],
+    rewards: Sequence[float | Sequence[float]] | None,
+) -> optuna.Study:
+    """Make a study with its first points, or open one that agrees; `aim` is metrics and modes.
+
+    Raises:
+        MismatchError: the study exists with other directions or another space.
+        ValueError: a point outside the space.
+    """
+    directions = [_DIRECTIONS[mode] for mode in aim[1]]
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        sampler=sampler,
+        directions=directions,
+        load_if_exists=True,
+    )
+    _agree(study, space, directions)
+    if study.get_trials(deepcopy=False):
+        return study
+    if rewards is None:
+        for point in points:
+            study.enqueue_trial(dict(point))
+    else:
+        for point, reward in zip(points, rewards, strict=True):
+            add_point(study, space, aim[0], point, reward)
+    return study
+
+
+def _agree(study: optuna.Study, space: SpaceLike, directions: Sequence[str]) -> None:
     """Refuse to go on with a study of other directions or another space; remember the space.
 
     Raises:
@@ -185,6 +244,15 @@ def orphans(study: optuna.Study, known: set[str]) -> list[int]:
         and "imported" not in frozen.user_attrs
         and frozen.user_attrs.get(TRIAL_ID) not in known
     ]
+
+
+def known_to_tune(folder: Path) -> set[str] | None:
+    """Ids of the trials in the last snapshot of a sweep; None where there is no snapshot."""
+    states = sorted(folder.glob("experiment_state-*.json"))
+    if not states:
+        return None
+    text = states[-1].read_text(encoding="utf-8")
+    return set(re.findall(r'trial_id\\*": \\*"(\w+)', text))
 
 
 def finite(value: Any) -> float | None:

@@ -154,4 +154,4 @@ def test_a_node_is_lost_and_no_trial_is(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "states ['complete'] retried 1" in ran.stdout.splitlines()  # among what Ray prints
     alone = walk(tmp_path / "v.db").run(6, 20)
-    assert [r.value for r in walk(tmp_path / "w.db").trials] == [r.value for r in alone.trials]
+    assert [r.value for r in walk(tmp_path / "w.db", 0.1).trials] == [r.value for r in alone.trials]

@@ -59,10 +59,10 @@ def make() -> Any:
 )
 def test_halving_schedulers(scheduler: Any, tmp_path: Path, ray_cluster: None) -> None:
     found = StudySearcher(SPACE, "loss", "min")
-    results = tuner(make(), found, trials=6, workers=2, out=tmp_path, scheduler=scheduler).fit()
+    results = tuner(make(), found, trials=8, workers=2, out=tmp_path, scheduler=scheduler).fit()
     assert results.num_errors == 0
     states = [trial.state.name for trial in found.study.trials]
-    assert len(states) == 6
+    assert len(states) == 8
     assert set(states) == {"COMPLETE", "PRUNED"}
 
 
