@@ -263,6 +263,7 @@ def compare(
                 way.trials,
                 way.budget,
                 scheduler="fifo",
+                warm=False,
                 on_event=lambda event, way=way, seed=seed: on_event(way.name, seed, event),  # type: ignore[misc]
             )
             done[way.name].append(study)
