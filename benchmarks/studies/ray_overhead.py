@@ -5,6 +5,7 @@
 The trainable imports torch and reports once.  Both kinds run alternately in one Ray session of two
 CPUs, after a sweep that is not counted; the time is that of `fit`.  Processes that imported torch
 are counted by their ids in the results.
+Defaults are only timed up to `--default-up-to` trials.
 """
 
 from __future__ import annotations
