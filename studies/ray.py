@@ -108,7 +108,7 @@ def tuner(
         metric, mode = known[0], searcher.modes[0]  # type: ignore[union-attr]
     runs = tune.with_resources(trainable, dict(resources)) if resources else trainable
     path = str(out)
-    # They pause trials to compare them with others, and Tune's limit counts paused ones.
+    # They compare trials with others that are paused, and Tune's limit counts paused ones.
     pauses = isinstance(scheduler, HyperBandScheduler | PopulationBasedTraining)
     return tune.Tuner(
         runs,
@@ -119,7 +119,7 @@ def tuner(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=trials,
-            max_concurrent_trials=None if pauses else workers,
+            max_concurrent_trials=trials if pauses else workers,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(

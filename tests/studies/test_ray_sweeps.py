@@ -68,7 +68,11 @@ def test_halving_schedulers(scheduler: Any, tmp_path: Path, ray_cluster: None) -
 
 @pytest.mark.parametrize("kind", ["pbt", "pb2"])
 def test_population_based_training(kind: str, tmp_path: Path, ray_cluster: None) -> None:
-    common: dict[str, Any] = {"perturbation_interval": 2, "custom_explore_fn": Within(SPACE)}
+    common: dict[str, Any] = {
+        "time_attr": "training_iteration",
+        "perturbation_interval": 2,
+        "custom_explore_fn": Within(SPACE),
+    }
     if kind == "pbt":
         scheduler = PopulationBasedTraining(hyperparam_mutations=mutations(SPACE), **common)
     else:
