@@ -70,7 +70,7 @@ def main() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     import ray
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         sweep(OURS, 2, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import pytest
@@ -275,7 +276,7 @@ def _worker(rank: int, world: int, results: str) -> None:
         found["all empty"] = str(error)
     torch.save(found, f"{results}/{rank}.pt")
     torch.distributed.barrier()  # a process that leaves early aborts the others
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # taking gloo down races with its own threads, which may abort the process
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -239,6 +239,7 @@ def test_a_typo_that_shows_late_leaves_no_study_behind(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_resume(made: tuple[Path, Ended], tmp_path: Path) -> None:
     study_file(tmp_path, STUDY.replace("budget = 40", "budget = 400"))
     command = [sys.executable, "-m", "bilevel", "study", "run", "small.toml", "--out", "out"]
