@@ -93,11 +93,12 @@ class PSKD(Method):
     def softening(self, hparams: Mapping[str, Any], epoch: int) -> Any:
         """Return α_t of an epoch."""
         progress = epoch / hparams["epochs"]
-        if progress <= hparams["delay"]:
-            return 0.0
         if hparams["shape"] == "cosine":
-            return hparams["softening"] * (1 - math.cos(math.pi * progress)) / 2
-        return hparams["softening"] * progress ** hparams["exponent"]
+            alpha = hparams["softening"] * (1 - math.cos(math.pi * progress)) / 2
+        else:
+            alpha = hparams["softening"] * progress ** hparams["exponent"]
+        # Zero, but a function of the hyperparameters: a hypergradient in the delay is zero, too.
+        return 0.0 * alpha if progress <= hparams["delay"] else alpha
 
     def loss(self, model: nn.Module, hparams: Mapping[str, Any], batch: Batch) -> Tensor:
         """Cross entropy with softened targets."""

@@ -15,7 +15,7 @@ def ray_cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     with warnings.catch_warnings():  # Ray leaves its processes to the garbage collector
         warnings.simplefilter("ignore")

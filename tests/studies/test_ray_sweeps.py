@@ -101,7 +101,7 @@ def slow(config):
         tune.report({"loss": config["x"] ** 2})
 
 out, command = sys.argv[1:]
-ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 if command == "run":
     space = Space(x=Float(-1.0, 1.0))
     searcher = StudySearcher(space, "loss", "min", storage=out + "/s.db", study_name="s")
