@@ -11,6 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from adapters import Trainer, registry, tasks
 from adapters.calibration import area_under_risk_coverage
 from adapters.objectives.ps_kd import PSKD
+from bilevel import Descent, tune
+from hypergrad import Unrolled
 
 TASK = tasks.get("digits", noise=0.2, n_train=128)
 
@@ -97,3 +99,9 @@ def test_errors_and_risk_fall_with_softening_under_label_noise() -> None:
     means = {a: torch.tensor(r).mean(0).tolist() for a, r in found.items()}
     assert means[0.9][0] > means[0.01][0]
     assert means[0.9][1] < means[0.01][1]
+
+
+def test_the_delay_can_be_tuned_through() -> None:
+    found = tune(cast(Any, learner(delay=0.5)), Descent(Unrolled(steps=2), lr=0.1), 4)
+    assert found.status.value == "max_iter"
+    assert found.trace[0]["grad_norm/softening"] == 0.0
