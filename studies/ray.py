@@ -7,6 +7,7 @@ results = tuner(trainable, searcher, trials=20, workers=2, out="out").fit()
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +93,8 @@ def tuner(
     integer("workers", workers, minimum=1)
     for variable, value in SETTINGS.items():
         os.environ.setdefault(variable, value)
+    # Without its result files, Tune complains about each trial that they are missing.
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
     if ray.is_initialized():
         check_hosts()
     ours = isinstance(trainable, type) and issubclass(trainable, BilevelTrainable)
