@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["page"]
 
 NOTE = """
+AdaLoRA prunes ranks inside the unrolled window, which a hypergradient does not see: its gradient runs can end badly.
+
 With three to five hyperparameters, the learning rate among them, a search of 30 trials is the better way here. Windows of
 ten steps favor small learning rates (short-horizon bias), and one run has one start; unrolling all 250 steps from the same
 start for ten outer steps (`restart=True`) was no better on three of the methods. Hypergradients pay where hyperparameters are
@@ -43,6 +45,8 @@ default. Mean ± standard deviation over the fresh seeds 5–14, each with its o
   [weight adapters](weight-adapters.md#intruder-dimensions).
 
 One task and one network size: the ranking is not a claim about large models. Differences below about 0.01 are noise.
+Rows can be measured one by one (`--only`): those of adalora and sorsa are later than the others, so their step column, a ratio
+to a time of another run, is not comparable.
 
 | method | trained | state | step | lr | test accuracy | retention | intruders |
 | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
