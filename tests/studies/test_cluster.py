@@ -22,7 +22,11 @@ from tests.studies.test_study import numbers, study
 from tests.studies.trials import Behaving, Walker
 
 pytest.importorskip("ray")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+]
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 ROOT = Path(__file__).parents[2]
 TASK = tasks.get("digits", n_train=100)

@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler
 from studies import MismatchError
 from studies.ray import StudySearcher, tuner
 
-pytestmark = [pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("default")]
 SPACE = Space(
     x=Float(-1.0, 1.0),
     kind=Choice("a", "b"),

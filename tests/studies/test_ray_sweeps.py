@@ -35,7 +35,11 @@ from studies.ray import (
     tuner,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("default"),
+]
 ROOT = Path(__file__).parents[2]
 SPACE = (
     registry.get("network")

@@ -18,7 +18,7 @@ ray = pytest.importorskip("ray")
 
 from studies.ray import Within, as_trainable, bounds, mutations, policy_schedules  # noqa: E402
 
-pytestmark = [pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.filterwarnings("default")]
 NETWORK = registry.get("network")
 TASK = tasks.get("digits", noise=0.2, n_train=100)
 TUNED = NETWORK.space.own(lr="sampler", momentum="grad").fix(
