@@ -17,6 +17,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "reweighted": ("digits", {"n_train": 200}, {}),
     "adawac": ("digits", {"n_train": 200}, {}),
     "apg": ("digits", {"n_train": 200}, {"steps": 5, "batch": 20}),
+    "coin": ("digits_stream", {"n_train": 224, "n_val": 70}, {}),
     "bang": ("digits_robust", {"n_train": 200, "n_val": 100}, {"steps": 20}),
     "eata": ("digits_stream", {"n_train": 224, "n_val": 70}, {"batch": 32, "fisher_samples": 64}),
     "exact_augmented_lagrangian": ("hock_schittkowski", {"number": 42}, {"max_inner": 5000}),

@@ -76,6 +76,7 @@ def test_population_based_training(kind: str, tmp_path: Path, ray_cluster: None)
         "time_attr": "training_iteration",
         "perturbation_interval": 2,
         "custom_explore_fn": Within(SPACE),
+        "synch": True,  # otherwise it depends on the machine whether a trial meets a better one
     }
     if kind == "pbt":
         scheduler = PopulationBasedTraining(hyperparam_mutations=mutations(SPACE), **common)
