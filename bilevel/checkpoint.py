@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import optree
 import torch
 from torch import Tensor
 
-__all__ = ["check_plain", "check_writable", "copy", "load", "save"]
+__all__ = ["check_plain", "check_writable", "copy", "load", "replacing", "save"]
 
 _ATOMS = (bool, int, float, str, bytes, type(None))
 
@@ -34,12 +36,22 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         OSError: the file cannot be written; the earlier file is untouched.
     """
     check_plain(tree, "checkpoint")
+    with replacing(path) as file:
+        torch.save(tree, file)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Yield a file that takes the place of an earlier one in one step, when the block ends.
+
+    Missing folders above it are made; where the block raises, the earlier file is untouched.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            torch.save(tree, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

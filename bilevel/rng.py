@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["global_seed", "rng_state", "set_rng_state"]
+__all__ = ["global_seed", "rng_state", "seed_generators", "set_rng_state"]
 
 
 def rng_state() -> dict[str, Any]:
@@ -42,6 +42,13 @@ def set_rng_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
+def seed_generators(seed: int) -> None:
+    """Seed the global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)
+
+
 @contextmanager
 def global_seed(seed: int | None) -> Iterator[None]:
     """Seed the global generators inside the block and put them back after it; None: do nothing."""
@@ -49,9 +56,7 @@ def global_seed(seed: int | None) -> Iterator[None]:
         yield
         return
     before = rng_state()
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    random.seed(seed)
+    seed_generators(seed)
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from bisect import bisect_right
@@ -140,12 +141,17 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
         return columns
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Write `columns` as a CSV file; floats are written so that they read back equal."""
-        columns = self.columns()
+        """Write `csv` into a file."""
         with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+            file.write(self.csv())
+
+    def csv(self) -> str:
+        """Return `columns` as CSV; floats are written so that they read back equal."""
+        text, columns = io.StringIO(newline=""), self.columns()
+        writer = csv.writer(text)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        return text.getvalue()
 
     def to_json(self) -> str:
         """Return the whole schedule as JSON."""

@@ -66,7 +66,7 @@ class Brackets:
         mine = trial.user_attrs.get("bracket")
         if mine is None or not self._ladder.levels:
             return Verdict.GO
-        members = self._members().get(mine["index"], [])
+        members = self._members(mine["index"]).get(mine["index"], [])
         whole = self._closed or len(members) >= mine["width"]
         return self._scheduler.verdict(trial.number, members, whole, self._ladder.levels)
 
@@ -86,13 +86,13 @@ class Brackets:
         place = {"index": 0 if last is None else place["index"] + 1, "width": width, "kinds": kinds}
         return {"bracket": place, "by": kinds[0]}
 
-    def _members(self) -> dict[int, list[Member]]:
-        """The trials of each bracket, seen so that smaller is better."""
+    def _members(self, only: int | None = None) -> dict[int, list[Member]]:
+        """The trials of each bracket, or of one, seen so that smaller is better."""
         found: dict[int, list[Member]] = {}
         sign = self._ledger.signs[0]
         for trial in self._ledger.trials():
             place = trial.user_attrs.get("bracket")
-            if place is None:
+            if place is None or only not in (None, place["index"]):
                 continue
             record = TrialRecord.of(trial)
             outlook: Mapping[str, Any] = trial.user_attrs.get("outlook", {})

@@ -55,7 +55,7 @@ class Limits:
 
 @dataclass
 class _Live:
-    """A trial at a worker."""
+    """A trial at a worker; `began` is earlier by the seconds of its earlier stays."""
 
     trial: Trial
     began: float
@@ -150,12 +150,14 @@ class Coordinator:
         """Return the waiting trials that go on, those of the highest rung first."""
         ready = []
         for trial in self._ledger.trials():
-            if trial.number not in self._waiting or trial.number in self._live:
+            if trial.number not in self._waiting:
                 continue
             verdict = self._brackets.verdict(trial)
             if verdict is Verdict.PRUNE and self._ledger.is_described(trial):
                 self._waiting.discard(trial.number)
-                self._tell(self._ledger.trial(trial), self._ledger.pruned(trial))
+                # All else is stored already.
+                pruned = Outcome(TrialRecord(trial.number, "pruned"))
+                self._tell(self._ledger.trial(trial), pruned)
             elif verdict is not Verdict.WAIT:  # one that was killed before it said how it stands
                 ready.append((-max(trial.intermediate_values, default=0), trial.number))
         return [number for _, number in sorted(ready)]
@@ -183,11 +185,12 @@ class Coordinator:
         assignment = self._assign(trial, values)
         self._waiting.discard(number)
         self._on_event(Started(number, self._limits.trials, trial.params, resumed))
-        deaths = self._ledger.count_start(trial, assignment.checkpoint, self._executor)
-        if deaths is not None:
-            self._tell(trial, _failed(number, Failure("died", deaths)))
-            return
-        self._live[number] = _Live(trial, time.monotonic())
+        if not self._executor.isolated:
+            deaths = self._ledger.count_start(trial, assignment.checkpoint)
+            if deaths is not None:
+                self._tell(trial, _failed(number, Failure("died", deaths)))
+                return
+        self._live[number] = _Live(trial, time.monotonic() - self._used.get(number, 0.0))
         self._executor.start(assignment)
 
     # Hearing.
@@ -206,8 +209,7 @@ class Coordinator:
             live.stalled = True
             live.answer_at = time.monotonic() + STALL_SECONDS
         else:
-            used = self._used.get(message.number, 0.0)
-            self._used[message.number] = used + time.monotonic() - live.began
+            self._used[message.number] = time.monotonic() - live.began
             del self._live[message.number]
             if isinstance(message, Outcome):
                 self._tell(live.trial, message)
@@ -256,15 +258,14 @@ class Coordinator:
 
     # The clock.
 
-    def _patience(self) -> float | None:
+    def _patience(self) -> float:
         """Seconds until something must be done even if nobody says anything."""
         now, due = time.monotonic(), []
-        for number, live in self._live.items():
+        for live in self._live.values():
             if live.answer_at is not None:
                 due.append(live.answer_at - now)
             if self._limits.trial_seconds is not None:
-                used = self._used.get(number, 0.0) + now - live.began
-                due.append(self._limits.trial_seconds - used)
+                due.append(live.began + self._limits.trial_seconds - now)
         return max(0.0, min([*due, 0.25]))  # Ctrl-C is looked at four times a second
 
     def _look_at_the_clock(self) -> None:
@@ -273,7 +274,7 @@ class Coordinator:
             if live.answer_at is not None and now >= live.answer_at:
                 live.answer_at = None
                 self._executor.answer(number, Decision.GO)
-            elif limit is not None and self._used.get(number, 0.0) + now - live.began > limit:
+            elif limit is not None and now - live.began > limit:
                 self._executor.kill(number)
                 del self._live[number]
                 failure = Failure("timeout", f"over its limit of {limit:g} s")
@@ -281,10 +282,10 @@ class Coordinator:
 
     def _check_failures(self) -> None:
         finished = [t for t in self._ledger.trials() if t.state.is_finished()]
-        failed = [TrialRecord.of(t) for t in finished if t.state is TrialState.FAIL]
+        failed = [t for t in finished if t.state is TrialState.FAIL]
         most = self._limits.max_failed
         if len(finished) >= MAX_FAILED_AFTER and len(failed) > most * len(finished):
-            reasons = Counter(str(record.failure) for record in failed)
+            reasons = Counter(str(TrialRecord.of(trial).failure) for trial in failed)
             shown = "; ".join(f"{n} × {reason}" for reason, n in reasons.most_common(3))
             raise TooManyFailuresError(
                 f"{len(failed)} of {len(finished)} trials failed, more than {most:.0%}: {shown}."

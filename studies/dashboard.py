@@ -21,7 +21,7 @@ from studies.overlay import Overlay
 from studies.plots import figures
 from studies.record import TrialRecord
 from studies.stored import StoredStudy, best_of
-from studies.summary import done_line
+from studies.summary import done_line, summary
 from studies.tables import value_text
 
 __all__ = ["Dashboard", "DashboardError"]
@@ -124,7 +124,7 @@ def study_note(study: StoredStudy) -> str:
     """Return what a study is, and who owns what, as Markdown."""
     lines = [
         f"**{study.learner_name}** on **{study.task_name}**: "
-        f"{done_line(study.trials, best_of(study.optuna))}",
+        f"{done_line(summary(study.name, study.trials, best_of(study.optuna)))}",
         "",
         "| hyperparameter | owner | range |",
         "| --- | --- | --- |",
@@ -143,7 +143,7 @@ def trial_note(study: StoredStudy, trial: FrozenTrial) -> str:
     if record.hparams:
         lines += ["", "| hyperparameter | owner | at the end |", "| --- | --- | --- |"]
         for name, value in record.hparams.items():
-            owner = study.space.owner(name) if name in study.space else "sampler"
+            owner = study.owner(record, name)
             lines.append(f"| {name} | {owner} | {_cell(value_text(value))} |")
     return "\n".join(lines)
 

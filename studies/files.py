@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from optuna.artifacts import (
+    ArtifactMeta,
     FileSystemArtifactStore,
-    download_artifact,
     get_all_artifact_meta,
     upload_artifact,
 )
@@ -77,22 +77,20 @@ class Files:
         finally:
             shutil.rmtree(folder)
 
-    def download(self, trial: FrozenTrial, storage: BaseStorage, name: str) -> str | None:
-        """Return the text of the latest artifact of a name; None where there is none."""
-        store = FileSystemArtifactStore(self.artifacts)
-        found = None
-        for meta in get_all_artifact_meta(trial, storage=storage):
-            # The database has them in no order; a trial has one of each pause.
+    def artifacts_of(self, trial: FrozenTrial, storage: BaseStorage) -> dict[str, str]:
+        """Return file name -> id of a trial's artifacts; of several of a name the latest."""
+
+        def written(meta: ArtifactMeta) -> int:
             path = self.artifacts / meta.artifact_id
-            if meta.filename == name and (found is None or _written(path) > _written(found)):
-                found = path
-        if found is None:
+            return path.stat().st_mtime_ns if path.exists() else 0
+
+        # The database has them in no order; a trial has one of each pause.
+        metas = sorted(get_all_artifact_meta(trial, storage=storage), key=written)
+        return {meta.filename: meta.artifact_id for meta in metas}
+
+    def read(self, artifact_id: str) -> str | None:
+        """Return the text of an artifact; None where its file is lost."""
+        if not (self.artifacts / artifact_id).exists():
             return None
-        with tempfile.TemporaryDirectory(dir=self.study) as folder:
-            path = Path(folder, name)
-            download_artifact(artifact_store=store, artifact_id=found.name, file_path=str(path))
-            return path.read_text(encoding="utf-8")
-
-
-def _written(path: Path) -> int:
-    return path.stat().st_mtime_ns if path.exists() else 0
+        with FileSystemArtifactStore(self.artifacts).open_reader(artifact_id) as reader:
+            return reader.read().decode("utf-8")

@@ -20,8 +20,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from bilevel.checkpoint import load, save
 from bilevel.metrics import Cost
 from bilevel.space import Space
-from studies.executors.base import Executor
-from studies.executors.in_process import InProcess
 from studies.files import Files
 from studies.messages import Outcome, Reached
 from studies.record import TrialRecord
@@ -168,7 +166,7 @@ class Ledger:
     def suggest(self, trial: Trial, space: Space) -> dict[str, Any]:
         """Ask for the values of a trial, or for those that it has already."""
         values = self.patiently(lambda: space.suggest(trial))
-        self._read(trial)
+        self.get(trial.number).params = trial.params
         return values
 
     def attribute(self, trial: Trial, name: str, value: object) -> None:
@@ -199,10 +197,6 @@ class Ledger:
         """Whether what is stored of a trial is how it stood at its last rung."""
         at = max(trial.intermediate_values, default=0)
         return bool(trial.user_attrs.get("paused") == at)
-
-    def pruned(self, frozen: FrozenTrial) -> Outcome:
-        """Return the outcome of a paused trial that does not go on: all of it is stored already."""
-        return Outcome(TrialRecord(frozen.number, "pruned"))
 
     def finish(
         self, trial: Trial, outcome: Outcome, unfinished: Collection[int]
@@ -238,12 +232,12 @@ class Ledger:
         stored = TrialRecord.of(self.get(trial.number))
         return stored, best is not None and best.number == trial.number
 
-    def count_start(self, trial: Trial, checkpoint: Path, executor: Executor) -> str | None:
+    def count_start(self, trial: Trial, checkpoint: Path) -> str | None:
         """Count how often a trial was left behind; says why it is given up, where it is.
 
         A trial in this process that takes the process with it would do so for ever.
         """
-        if not isinstance(executor, InProcess) or trial.number not in self._left:
+        if trial.number not in self._left:
             return None
         self._left.discard(trial.number)
         at = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None

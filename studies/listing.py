@@ -89,17 +89,16 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
     """
     import optuna
 
-    from studies.ledger import best_trial
     from studies.record import TrialRecord
     from studies.storage import open_storage, parse_storage
+    from studies.stored import best_of
 
     database = open_storage(parse_storage(storage), create=False)
     found = []
     for name in sorted(optuna.get_all_study_names(database)):
         study = optuna.load_study(study_name=name, storage=database)
         records = [TrialRecord.of(trial) for trial in study.get_trials(deepcopy=False)]
-        frozen = best_trial(study) if len(study.directions) == 1 else None
-        best = None if frozen is None else TrialRecord.of(frozen)
+        best = best_of(study)
         found.append(
             {
                 "study": name,

@@ -139,11 +139,8 @@ def _values_table(study: StoredStudy, record: TrialRecord) -> Table:
     for heading in ("hyperparameter", "owner", "value"):
         table.add_column(heading)
     for name, value in (record.hparams or record.params).items():
-        owner = study.space.owner(name) if name in study.space else "sampler"
-        if owner == "grad" and record.by == "sampler":
-            owner = "sampler"
         text = moved[name].replace("->", " → ") if name in moved else value_text(value)
-        table.add_row(name, owner, Text(text))
+        table.add_row(name, study.owner(record, name), Text(text))
     return table
 
 

@@ -106,11 +106,9 @@ def make_sampler(value: Any, seed: int) -> Any:
     """
     from studies.sampling import SAMPLERS
 
-    name, options = named(value, "sampler")
+    name, options = _of_optuna(value, SAMPLERS, "sampler")
     if not options:
         return name
-    if name not in SAMPLERS:
-        raise PlanError(f"sampler: unknown name {name!r}; {did_you_mean(name, SAMPLERS)}")
     return call(type(SAMPLERS[name](seed)), {"seed": seed, **options}, f"sampler ({name})")
 
 
@@ -122,12 +120,18 @@ def make_pruner(value: Any) -> Any:
     """
     from studies.sampling import PRUNERS
 
-    name, options = named(value, "pruner")
+    name, options = _of_optuna(value, PRUNERS, "pruner")
     if not options:
         return name
-    if name not in PRUNERS:
-        raise PlanError(f"pruner: unknown name {name!r}; {did_you_mean(name, PRUNERS)}")
     return call(PRUNERS[name], options, f"pruner ({name})")
+
+
+def _of_optuna(value: Any, known: Mapping[str, Any], what: str) -> tuple[str, dict[str, Any]]:
+    """Name and options; a name without options is checked by the study."""
+    name, options = named(value, what)
+    if options and name not in known:
+        raise PlanError(f"{what}: unknown name {name!r}; {did_you_mean(name, known)}")
+    return name, options
 
 
 def changed_space(space: Space, changes: Mapping[str, Any]) -> Space:

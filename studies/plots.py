@@ -20,9 +20,11 @@ from bilevel.curves import COLORS
 from bilevel.domains import Grad
 from bilevel.run import Record
 from bilevel.schedule import Schedule
+from studies.ledger import signs
 from studies.messages import TRACE
+from studies.readable import Readable
 from studies.record import TrialRecord
-from studies.stored import Readable
+from studies.summary import middle
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -185,7 +187,7 @@ def value_by_cost(study: Readable) -> Figure | None:
             )
         )
     best, x, y = math.inf, [], []
-    sign = 1 if study.optuna.directions[0] is optuna.study.StudyDirection.MINIMIZE else -1
+    sign = signs(study.optuna)[0]
     for record in done:
         if record.state == "complete" and record.value is not None:
             best = min(best, sign * record.value)
@@ -285,7 +287,7 @@ FIGURES: Mapping[str, Callable[[Readable], Figure | None]] = {
 def _drawn(study: Readable) -> list[TrialRecord]:
     """The best finished trials, best first."""
     ended = [r for r in study.trials if r.value is not None and r.state in ("complete", "pruned")]
-    sign = 1 if study.optuna.directions[0] is optuna.study.StudyDirection.MINIMIZE else -1
+    sign = signs(study.optuna)[0]
     # A complete trial before all pruned ones: the values of those are of fewer steps.
     key = lambda r: (r.state != "complete", sign * float(r.value or 0.0))  # noqa: E731
     return sorted(ended, key=key)[:MOST_TRIALS]
@@ -309,13 +311,8 @@ def _smooth(study: Readable, record: TrialRecord) -> dict[str, float]:
     """Gradient-owned values at the end of a trial, of tensors the median."""
     found = {}
     for name in study.space.grad:
-        value = record.hparams.get(name)
-        if isinstance(value, Mapping):
-            found[name] = float(value["median"])
-        elif isinstance(value, list):
-            found[name] = float(np.median(np.asarray(value)))
-        elif isinstance(value, int | float):
-            found[name] = float(value)
+        if name in record.hparams:
+            found[name] = middle(record.hparams[name])
     return found
 
 

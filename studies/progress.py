@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import time
@@ -35,6 +33,7 @@ class Progress(ABC):
     def __init__(self, setting: Setting, trial: Assignment) -> None:
         self.setting, self.trial = setting, trial
         self.reason = ""
+        self._val: tuple[Cost, dict[str, float]] | None = None
 
     @property
     @abstractmethod
@@ -95,7 +94,13 @@ class Progress(ABC):
             ValueError: there is no such metric.
         """
         where = f"at {self.setting.rungs[rung - 1]:.0%} of the budget"
-        return _named(self.measure("val") or {}, self.setting.metrics, where)
+        return _named(self._validated(), self.setting.metrics, where)
+
+    def _validated(self) -> dict[str, float]:
+        """The metrics of the validation split, measured once between two steps."""
+        if self._val is None or self._val[0] != self.cost:
+            self._val = self.cost, self.measure("val") or {}
+        return self._val[1]
 
     def outcome(self, *, evaluate_test: bool) -> Outcome:
         """Return what is stored of the trial as it is now."""
@@ -104,7 +109,7 @@ class Progress(ABC):
             failure = Failure("diverged", self.reason)
             record = TrialRecord(number, "failed", cost=self.cost, failure=failure)
             return Outcome(record, self.files())
-        val = self.measure("val") or {}
+        val = self._validated()
         test = (self.measure("test") or {}) if evaluate_test else {}
         named = {
             f"{split}/{name}": value
@@ -293,7 +298,7 @@ class Tuned(Progress):
         run = self._tuning.run
         return {
             SCHEDULE: run.schedule.to_json(),
-            "schedule.csv": _csv(run.schedule.columns()),
+            "schedule.csv": run.schedule.csv(),
             TRACE: json.dumps(run.trace),
         }
 
@@ -320,12 +325,3 @@ def _named(metrics: Mapping[str, float], names: tuple[str, ...], where: str) -> 
         if not math.isfinite(metrics[name]):
             raise FloatingPointError(f"val {name} is {metrics[name]} {where}")
     return tuple(float(metrics[name]) for name in names)
-
-
-def _csv(columns: Mapping[str, list[float]]) -> str:
-    """The schedule as the table that optuna-dashboard previews."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(columns)
-    writer.writerows(zip(*columns.values(), strict=True))
-    return text.getvalue()

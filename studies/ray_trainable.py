@@ -8,13 +8,11 @@ all random generators and the schedule, as plain data.
 from __future__ import annotations
 
 import gc
-import random
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from ray import tune
 
@@ -25,11 +23,12 @@ from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.checkpoint import copy, load, save
 from bilevel.checks import integer
-from bilevel.rng import rng_state, set_rng_state
+from bilevel.rng import rng_state, seed_generators, set_rng_state
 from bilevel.space import Space
 from studies.messages import Assignment, Setting
 from studies.progress import Plain, Progress, Tuned
 from studies.sampling import derive_seed
+from studies.spaces import check_owners
 from studies.trial import rehearse, set_up
 
 __all__ = ["FAILURE", "FINISHED", "NUMBER", "BilevelTrainable", "as_trainable"]
@@ -78,9 +77,7 @@ class BilevelTrainable(tune.Trainable):
         self._begin(self._own_seed)
 
     def _begin(self, seed: int) -> None:
-        torch.manual_seed(seed)
-        np.random.seed(seed)  # noqa: NPY002  (the generator that learners of others may use)
-        random.seed(seed)
+        seed_generators(seed)  # learners of others may use them
         gradient = bool(self.setting.space.grad)
         trial = Assignment(0, seed, self._values, gradient, Path(STATE))
         make = Tuned if gradient else Plain
@@ -228,10 +225,7 @@ def as_trainable(
     subject = tasks.get(task) if isinstance(task, str) else task
     owners = kind.space if space is None else space
     integer("steps_per_report", steps_per_report, minimum=1)
-    if bool(owners.grad) != (algorithm is not None):
-        raise ValueError(
-            f"algorithm: the gradient owns {list(owners.grad) or 'nothing'}, but got {algorithm!r}."
-        )
+    check_owners(owners, algorithm)
     setting = Setting(
         learner=kind,
         task=subject,

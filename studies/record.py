@@ -16,6 +16,9 @@ __all__ = ["Failure", "TrialRecord", "as_numbers"]
 
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 
+Kind = Literal["gradient", "sampler"]
+"""Who moves the gradient-owned values of a trial: the gradient, or the sampler at its start."""
+
 _STATES: dict[TrialState, State] = {
     TrialState.WAITING: "waiting",
     TrialState.RUNNING: "running",
@@ -81,7 +84,7 @@ class TrialRecord:
     failure: Failure | None = None
     rungs: Mapping[int, float] = field(default_factory=dict)
     constraints: Mapping[str, float] = field(default_factory=dict)
-    by: Literal["gradient", "sampler"] = "gradient"
+    by: Kind = "gradient"
     bracket: int | None = None
     start: int | None = None
     imported: bool = False

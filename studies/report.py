@@ -19,7 +19,7 @@ from studies.tables import number, value_text
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-    from studies.stored import Readable
+    from studies.readable import Readable
 
 __all__ = ["comparison_report", "run_panels", "study_report"]
 

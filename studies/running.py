@@ -12,7 +12,7 @@ from typing import Any
 
 import optuna
 
-from bilevel.checkpoint import check_writable
+from bilevel.checkpoint import check_writable, replacing
 from studies.events import Event
 from studies.plan import Plan, PlanError
 from studies.plan_file import (
@@ -153,14 +153,14 @@ def _run(
             plan.run_in(study, on_event)
         write_spec()
     except KeyboardInterrupt:
-        line = done_line(study.trials, best_of(study.optuna))
+        line = done_line(summary(study.name, study.trials, best_of(study.optuna)))
         raise StoppedError(f"interrupted: {line}; `bilevel study resume {out}` goes on.") from None
-    records, best = study.trials, best_of(study.optuna)
+    found = summary(study.name, study.trials, best_of(study.optuna))
     if as_json:
-        print(json.dumps({**summary(study.name, records, best), "folder": str(out)}, indent=1))
+        print(json.dumps({**found, "folder": str(out)}, indent=1))
     else:
-        print(f"done: {done_line(records, best)}")
-    if not any(record.state == "complete" for record in records):
+        print(f"done: {done_line(found)}")
+    if not found["complete"]:
         raise NoResultError(f"no trial is complete; `bilevel study show {out} 0` says why.")
     if not quiet and not as_json:
         print(f"next: bilevel study dashboard {out}", file=sys.stderr)
@@ -205,6 +205,5 @@ def _plan(spec: Mapping[str, Any]) -> Plan:
 def _write_spec(out: Path, spec: Mapping[str, Any]) -> None:
     path = out / SPEC
     check_writable(path, "--out")
-    temporary = path.with_name(f".{SPEC}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(spec, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(json.dumps(spec, indent=1).encode())

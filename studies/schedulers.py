@@ -11,13 +11,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from studies.record import State
+from studies.record import Kind, State
 
 __all__ = ["Fifo", "Halving", "Ladder", "Member", "Scheduler", "Verdict"]
-
-Kind = Literal["gradient", "sampler"]
 
 
 class Verdict(Enum):

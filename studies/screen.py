@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from studies.events import Event, Finished, Rung, Started
-from studies.stored import Readable
+from studies.readable import Readable
 from studies.summary import trial_line
 
 __all__ = ["progress"]

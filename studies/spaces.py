@@ -8,11 +8,12 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from bilevel.algorithm import OuterAlgorithm
 from bilevel.dimensions import Scalar, dimensions, options
 from bilevel.domains import Choice, Grad, Int, Switch
 from bilevel.space import Space
 
-__all__ = ["combinations", "distance", "points", "samplable", "sampled_space"]
+__all__ = ["check_owners", "combinations", "distance", "points", "samplable", "sampled_space"]
 
 ONE_BY_ONE = 32
 """Elements up to which a tensor is sampled element by element; a larger one shares one value."""
@@ -40,6 +41,23 @@ def samplable(space: Space) -> bool:
         space[name].refusal("sampler") is None or space[name].refusal("shared") is None
         for name in space.grad
     )
+
+
+def check_owners(space: Space, algorithm: OuterAlgorithm[Any] | None) -> None:
+    """Refuse a space whose gradient-owned names nobody would move, and an algorithm without any.
+
+    Raises:
+        ValueError: names what the gradient owns.
+    """
+    if space.grad and algorithm is None:
+        raise ValueError(
+            f"algorithm: the gradient owns {list(space.grad)}, so an outer algorithm is needed, "
+            "such as Descent(Unrolled(steps=5)); or give them to the sampler with space.own(...)."
+        )
+    if algorithm is not None and not space.grad:
+        raise ValueError(
+            f"algorithm: the gradient owns none of {list(space)}, but got {algorithm!r}."
+        )
 
 
 def combinations(space: Space) -> int | None:

@@ -67,11 +67,9 @@ def status_view(study: StoredStudy, found: dict[str, Any]) -> RenderableType:
     if found["state"] == "interrupted":
         state += f"; `bilevel study resume {study.folder}` goes on"
     of = "" if found["planned"] is None else f" of {found['planned']}"
-    best = best_of(study.optuna)
-    records = study.trials
     head.add_row("study", f"{study.name}: {study.learner_name} on {study.task_name}")
     head.add_row("state", state)
-    head.add_row("trials", f"{found['finished']}{of} finished; {done_line(records, best)}")
+    head.add_row("trials", f"{found['finished']}{of} finished; {done_line(found)}")
     head.add_row("cost", f"{found['equivalent_steps']} equivalent steps, {found['seconds']:.1f} s")
     if not found["open"]:
         return head

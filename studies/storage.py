@@ -33,6 +33,7 @@ __all__ = [
     "coordinator_lock",
     "default_folder",
     "disconnect",
+    "lock_holder",
     "masked",
     "open_storage",
     "parse_storage",
@@ -227,7 +228,7 @@ def coordinator_lock(folder: Path, study: str) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout as error:
-        raise LockedError(f"study {study!r} is being run by {_holder(holder)}.") from error
+        raise LockedError(f"study {study!r} is being run by {lock_holder(folder)}.") from error
     try:
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         me = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
@@ -237,9 +238,10 @@ def coordinator_lock(folder: Path, study: str) -> Iterator[None]:
         lock.release()
 
 
-def _holder(path: Path) -> str:
+def lock_holder(folder: Path) -> str:
+    """Return who holds the lock in a study's folder, in words."""
     try:
-        who = json.loads(path.read_text())
+        who = json.loads((folder / "lock.json").read_text())
     except (OSError, ValueError):  # caught between its lock and its first write
         return "another process"
     return f"process {who['pid']} on {who['host']} since {who['since']}"

@@ -9,28 +9,30 @@ from collections.abc import Mapping
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import optuna
-from optuna.artifacts import FileSystemArtifactStore, get_all_artifact_meta
-from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial
 
 from bilevel.checks import did_you_mean
-from bilevel.schedule import Schedule
 from bilevel.space import Space
 from studies.files import Files
 from studies.ledger import best_trial
-from studies.messages import SCHEDULE
+from studies.readable import Readable
 from studies.record import TrialRecord
-from studies.storage import StorageError, default_folder, masked, open_storage, parse_storage
+from studies.storage import (
+    StorageError,
+    default_folder,
+    lock_holder,
+    masked,
+    open_storage,
+    parse_storage,
+)
 
 __all__ = [
     "DATABASE",
     "SPEC",
     "STORAGE_VARIABLE",
     "NoResultError",
-    "Readable",
     "StoredStudy",
     "best_of",
     "read_spec",
@@ -47,29 +49,7 @@ STORAGE_VARIABLE = "BILEVEL_STORAGE"
 """Environment variable with the URL of a database whose password stands nowhere else."""
 
 
-class Readable(Protocol):
-    """What figures and reports need of a study; `Study` and `StoredStudy` have it."""
-
-    name: str
-
-    @property
-    def space(self) -> Space: ...
-
-    @property
-    def optuna(self) -> optuna.Study: ...
-
-    @property
-    def trials(self) -> list[TrialRecord]: ...
-
-    @property
-    def best(self) -> TrialRecord: ...
-
-    def artifact(self, name: str, number: int | None = None) -> str | None: ...
-
-    def schedule(self, number: int | None = None) -> Schedule | None: ...
-
-
-class StoredStudy:
+class StoredStudy(Readable):
     """A study opened for reading, while it runs or afterwards.
 
     Args:
@@ -98,7 +78,7 @@ class StoredStudy:
             self.spec = {}
             self.url = parse_storage(target)
             self.folder = default_folder(self.url)
-        self.database: RDBStorage = open_storage(self.url, create=False)
+        self.database = open_storage(self.url, create=False)
         self.name = self._choose(name)
         self.files = Files(self.folder, self.name)
 
@@ -152,11 +132,6 @@ class StoredStudy:
         return self.spec.get("trials")
 
     @property
-    def trials(self) -> list[TrialRecord]:
-        """All trials in order."""
-        return [TrialRecord.of(trial) for trial in self.optuna.get_trials(deepcopy=False)]
-
-    @property
     def best(self) -> TrialRecord:
         """The feasible complete trial with the best value.
 
@@ -174,51 +149,6 @@ class StoredStudy:
             raise NoResultError(f"study {self.name!r} has no complete trial yet.")
         return best
 
-    @property
-    def front(self) -> list[TrialRecord]:
-        """The feasible complete trials that no other one dominates, in order."""
-        found = self.optuna.best_trials
-        return [TrialRecord.of(t) for t in found if "imported" not in t.user_attrs]
-
-    def trial(self, number: int) -> FrozenTrial:
-        """Return a trial as Optuna stores it.
-
-        Raises:
-            ValueError: there is no such trial.
-        """
-        trials = self.optuna.get_trials(deepcopy=False)
-        if not 0 <= number < len(trials):
-            have = f"trials 0 to {len(trials) - 1}" if trials else "no trials yet"
-            raise ValueError(f"study {self.name!r} has {have}, but not trial {number}.")
-        return trials[number]
-
-    def artifacts(self, number: int) -> dict[str, str]:
-        """Return file name -> id of a trial's artifacts; of several of a name the latest."""
-        metas = get_all_artifact_meta(self.trial(number), storage=self.database)
-
-        def written(artifact_id: str) -> int:
-            path = self.files.artifacts / artifact_id
-            return path.stat().st_mtime_ns if path.exists() else 0
-
-        # The database does not tell which one is the latest: a trial has one of each pause.
-        ordered = sorted(metas, key=lambda meta: written(meta.artifact_id))
-        return {meta.filename: meta.artifact_id for meta in ordered}
-
-    def artifact(self, name: str, number: int | None = None) -> str | None:
-        """Return the text of an artifact of a trial, by default of the best; None without one."""
-        number = self.best.number if number is None else number
-        found = self.artifacts(number).get(name)
-        path = self.files.artifacts / found if found else None
-        if path is None or not path.exists():
-            return None
-        with FileSystemArtifactStore(self.files.artifacts).open_reader(path.name) as reader:
-            return reader.read().decode("utf-8")
-
-    def schedule(self, number: int | None = None) -> Schedule | None:
-        """Return the history of the gradient-owned values of a trial, by default of the best."""
-        text = self.artifact(SCHEDULE, number)
-        return None if text is None else Schedule.from_json(text)
-
     def holder(self) -> str | None:
         """Return who runs the study, in words; None where nobody does."""
         lock = self.files.study / "lock"
@@ -230,11 +160,7 @@ class StoredStudy:
         except FileNotFoundError:
             return None
         except BlockingIOError:
-            try:
-                who = json.loads((self.files.study / "lock.json").read_text())
-            except (OSError, ValueError):
-                return "another process"
-            return f"process {who['pid']} on {who['host']} since {who['since']}"
+            return lock_holder(self.files.study)
 
 
 def best_of(study: optuna.Study) -> TrialRecord | None:

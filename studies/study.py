@@ -19,22 +19,22 @@ from adapters.tasks import Task
 from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.checks import integer
-from bilevel.schedule import Schedule
 from bilevel.space import Space
 from studies.agreement import agree, agree_on_run, settings
 from studies.bracket import Brackets
 from studies.coordinator import Coordinator, Limits
 from studies.events import Event, Stalled
-from studies.executors.config import ExecutorConfig, executor_config
+from studies.executors.config import ExecutorConfig, ExecutorName, executor_config
 from studies.files import Files
 from studies.imports import Rows, observations
 from studies.interrupt import deferred_interrupt
 from studies.ledger import Ledger, best_trial
-from studies.messages import SCHEDULE, Assignment, Setting
+from studies.messages import Assignment, Setting
+from studies.readable import Readable
 from studies.record import TrialRecord
 from studies.sampling import derive_seed, make_pruner, make_sampler
 from studies.schedulers import Scheduler
-from studies.spaces import samplable, sampled_space
+from studies.spaces import check_owners, samplable, sampled_space
 from studies.storage import (
     check_folder,
     coordinator_lock,
@@ -54,10 +54,9 @@ if TYPE_CHECKING:
 __all__ = ["Study"]
 
 Direction = Literal["minimize", "maximize"]
-ExecutorName = Literal["auto", "in_process", "pool", "ray"]
 
 
-class Study:
+class Study(Readable):
     """Trials of one learner on one task, stored in a database that stock Optuna reads.
 
     Sampler-owned hyperparameters are asked of an Optuna sampler once per trial; gradient-owned
@@ -114,22 +113,22 @@ class Study:
         self.name = name
         self.learner = registry.get(learner) if isinstance(learner, str) else learner
         self.task = tasks.get(task) if isinstance(task, str) else task
-        self.space = self.learner.space if space is None else space
+        self._space = self.learner.space if space is None else space
         self.algorithm = algorithm
         self.seed = integer("seed", seed, minimum=0)
-        _check_owners(self.space, algorithm)
+        check_owners(self.space, algorithm)
         self._sampler, self._sampler_is_default = make_sampler(sampler, self.seed), sampler is None
         url = parse_storage(storage)
         self.storage = masked(url)
         root = default_folder(url) if folder is None else Path(folder)
-        self._database = open_storage(url)
-        weakref.finalize(self, disconnect, self._database)
+        self.database = open_storage(url)
+        weakref.finalize(self, disconnect, self.database)
         check_folder(root, "the study's folder")
-        self._files = Files(root, name)
-        self._files.make()
+        self.files = Files(root, name)
+        self.files.make()
         self._study = optuna.create_study(
             study_name=name,
-            storage=self._database,
+            storage=self.database,
             sampler=self._sampler,
             pruner=make_pruner(pruner),
             directions=self.directions,
@@ -145,14 +144,14 @@ class Study:
     # Reading.
 
     @property
+    def space(self) -> Space:
+        """The hyperparameters and their owners."""
+        return self._space
+
+    @property
     def optuna(self) -> optuna.Study:
         """The study as Optuna's object, for its plots, importances and samplers."""
         return self._study
-
-    @property
-    def trials(self) -> list[TrialRecord]:
-        """All trials in order."""
-        return [TrialRecord.of(trial) for trial in self._study.get_trials(deepcopy=False)]
 
     @property
     def best(self) -> TrialRecord:
@@ -170,35 +169,6 @@ class Study:
             limits = " within the constraints" if self.constraints else ""
             raise ValueError(f"study {self.name!r} has no complete trial{limits} yet.")
         return TrialRecord.of(best)
-
-    @property
-    def front(self) -> list[TrialRecord]:
-        """The feasible complete trials that no other one dominates, in order."""
-        return [
-            TrialRecord.of(t) for t in self._study.best_trials if "imported" not in t.user_attrs
-        ]
-
-    def schedule(self, number: int | None = None) -> Schedule | None:
-        """Return the history of the gradient-owned values of a trial, by default of the best.
-
-        None for a trial in which the gradient owned nothing, or that did not finish.
-        """
-        text = self.artifact(SCHEDULE, number)
-        return None if text is None else Schedule.from_json(text)
-
-    def artifact(self, name: str, number: int | None = None) -> str | None:
-        """Return the text of an artifact of a trial, by default of the best; None without one.
-
-        Raises:
-            ValueError: there is no such trial.
-        """
-        number = self.best.number if number is None else number
-        trials = self._study.get_trials(deepcopy=False)
-        if not 0 <= number < len(trials):
-            raise ValueError(
-                f"study {self.name!r} has {len(trials)} trials, but not trial {number}."
-            )
-        return self._files.download(trials[number], self._database, name)
 
     def trained(self) -> Learner:
         """Return the learner of the best trial, trained, at its final hyperparameters.
@@ -269,7 +239,7 @@ class Study:
         rows = source.optuna if isinstance(source, Study) else source
         space = sampled_space(self.space) if samplable(self.space) else self.space
         found = observations(rows, space, self.metrics, name)
-        with coordinator_lock(self._files.study, self.name):
+        with coordinator_lock(self.files.study, self.name):
             self._study.add_trials(found)
         return len(found)
 
@@ -343,14 +313,14 @@ class Study:
         policy = choose_scheduler(scheduler, self.space, self._study)
         budget = Budget.of(budget)
         told = on_event or (lambda event: None)
-        with coordinator_lock(self._files.study, self.name):
+        with coordinator_lock(self.files.study, self.name):
             grid = first_points(policy, self.space, self.seed) if self._sampler_is_default else []
             policy = fitted(policy, self.space, len(grid))
             ladder = policy.ladder(trials, rungs)
             ladder = agree_on_run(self._study, self.storage, budget, rungs, policy, ladder)
             setting = self._setting(budget, ladder.rungs, checkpoint_seconds)
             ledger = Ledger(
-                self._study, self._database, self._files, self._sampler,
+                self._study, self.database, self.files, self._sampler,
                 warm, lambda reason: told(Stalled(reason)),
             )  # fmt: skip
             if not ledger.unfinished(trials):
@@ -401,7 +371,7 @@ class Study:
             seed=derive_seed(self.seed, "trial", number),
             values=values,
             gradient=gradient,
-            checkpoint=self._files.checkpoint(number).absolute(),
+            checkpoint=self.files.checkpoint(number).absolute(),
         )
 
 
@@ -413,15 +383,3 @@ def _directions(direction: Direction | Sequence[Direction], count: int) -> list[
     if len(directions) != count:
         raise ValueError(f"direction: {count} metrics, but got {directions}.")
     return directions
-
-
-def _check_owners(space: Space, algorithm: OuterAlgorithm[Any] | None) -> None:
-    if space.grad and algorithm is None:
-        raise ValueError(
-            f"algorithm: the gradient owns {list(space.grad)}, so an outer algorithm is needed, "
-            "such as Descent(Unrolled(steps=5)); or give them to the sampler with space.own(...)."
-        )
-    if algorithm is not None and not space.grad:
-        raise ValueError(
-            f"algorithm: the gradient owns none of {list(space)}, but got {algorithm!r}."
-        )

@@ -13,7 +13,7 @@ from bilevel.schedule import Schedule
 from studies.record import TrialRecord
 from studies.tables import value_text
 
-__all__ = ["as_json", "counts", "done_line", "summary", "trial_line"]
+__all__ = ["as_json", "counts", "done_line", "middle", "summary", "trial_line"]
 
 STATES = ("complete", "pruned", "failed", "running", "waiting")
 
@@ -52,16 +52,20 @@ def summary(name: str, records: Sequence[TrialRecord], best: TrialRecord | None)
     }
 
 
-def done_line(records: Sequence[TrialRecord], best: TrialRecord | None) -> str:
-    """``27 trials (21 complete, 4 pruned, 2 failed: 1 timeout, 1 died)  best 0.3021 (trial 3)``."""
-    parts = [f"{n} {state}" for state, n in counts(records).items() if n]
-    kinds = ", ".join(f"{n} {kind}" for kind, n in failures(records).items())
+def done_line(found: Mapping[str, Any]) -> str:
+    """A `summary` in a line.
+
+    ``27 trials (21 complete, 4 pruned, 2 failed: 1 timeout, 1 died)  best 0.3021 (trial 3)``
+    """
+    parts = [f"{found[state]} {state}" for state in STATES if found[state]]
+    kinds = ", ".join(f"{n} {kind}" for kind, n in found["failures"].items())
     parts = [f"{part}: {kinds}" if part.endswith("failed") else part for part in parts]
-    trials = f"{len(records)} trial{'s' if len(records) != 1 else ''}"
+    trials = f"{found['trials']} trial{'s' if found['trials'] != 1 else ''}"
     text = f"{trials} ({', '.join(parts)})" if parts else trials
-    if best is None or best.value is None:
+    best = found["best"]
+    if best is None or best["value"] is None:
         return f"{text}  no complete trial"
-    return f"{text}  best {best.value:.4f} (trial {best.number})"
+    return f"{text}  best {best['value']:.4f} (trial {best['number']})"
 
 
 def trial_line(record: TrialRecord, metric: str, schedule: Schedule | None = None) -> str:
@@ -111,11 +115,12 @@ def moves(schedule: Schedule, hparams: Mapping[str, Any]) -> dict[str, str]:
         size = schedule.size(name)
         start = schedule.summary(name)[0, 2]
         elements = f" ({size})" if size > 1 else ""
-        found[name] = f"{start:.3g}->{_middle(hparams[name]):.3g}{elements}"
+        found[name] = f"{start:.3g}->{middle(hparams[name]):.3g}{elements}"
     return found
 
 
-def _middle(value: Any) -> float:
+def middle(value: Any) -> float:
+    """Return a stored value as a number, of a tensor the median."""
     if isinstance(value, Mapping):
         return float(value["median"])
     return float(np.median(np.asarray(value, dtype=np.float64)))

@@ -12,7 +12,7 @@ from studies.doctor import Finding
 from studies.record import TrialRecord
 
 if TYPE_CHECKING:
-    from studies.stored import Readable
+    from studies.readable import Readable
 
 __all__ = ["findings_table", "names_table", "number", "trials_table", "value_text"]
 

@@ -17,6 +17,7 @@ import optuna
 from benchmarks.self_tuning.report import mean, table
 from bilevel import Callback, ModuleInner, SelfTuning, Space, tune
 from bilevel.checkpoint import copy
+from bilevel.inner import Inner
 
 SHARE, LOOKS = 3, 20
 
@@ -87,38 +88,50 @@ def sampled(make: Make, space: Space, sampler: Any, trials: int, each: int, seed
 
 
 def population(
-    make: Make, space: Space, members: int, each: int, seed: int, rounds: int = 10
+    make: Callable[[Mapping[str, Any], int], Inner],
+    space: Space,
+    members: int,
+    each: int,
+    seed: int,
+    rounds: int = 10,
+    look: Callable[[int, Pair], None] | None = None,
 ) -> Pair:
     """Population-based training (Jaderberg et al. 2017): the worse third copies the better one.
 
     An own short implementation: members take turns in one process, at equal steps.
 
     Copied values are moved by ±0.5 in the unconstrained coordinate, or drawn anew (chance 1/4).
+    What the gradient does not own stays as it is: weights of another shape cannot be copied.
+    `look` is called after each round with the steps of all members and the best losses so far.
     """
     draw = random.Random(seed)
-    every = space.own(**dict.fromkeys(space, "sampler"))
+    every = space.own(**dict.fromkeys(space.grad, "sampler"))
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
 
     def fresh() -> dict[str, Any]:
-        return _inside(space, every.suggest(study.ask()))
+        values = every.suggest(study.ask())
+        return _inside(space, {name: values[name] for name in space.grad if name in values})
 
     inners = [make({} if i == 0 else fresh(), seed) for i in range(members)]
     third, best = max(1, members // 3), (float("inf"), float("inf"))
-    for _ in range(rounds):
+    for round_ in range(rounds):
         for inner in inners:
             for _ in range(each // rounds):
                 inner.step()
         losses = [(i.evaluate("val")["loss"], i.evaluate("test")["loss"]) for i in inners]
         best = min(best, *losses)
+        if look is not None:
+            look((round_ + 1) * members * (each // rounds), best)
         order = sorted(range(members), key=lambda k: losses[k])
         for loser, winner in zip(order[-third:], order[:third], strict=True):
             inners[loser].load_state_dict(copy(inners[winner].state_dict()))
             if draw.random() < 0.25:
                 given = make(fresh(), seed).hparams
             else:
-                z = space.coordinates(inners[loser].hparams)
-                given = space.constrain({n: v + draw.choice((-0.5, 0.5)) for n, v in z.items()})
+                own = inners[loser].space  # with the shapes that the network gave it
+                z = own.coordinates(inners[loser].hparams)
+                given = own.constrain({n: v + draw.choice((-0.5, 0.5)) for n, v in z.items()})
             inners[loser].set_hparams(given)
     return best
 

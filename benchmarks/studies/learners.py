@@ -8,12 +8,11 @@ trial with the best validation loss is reported.  Each seed has its own split an
 from __future__ import annotations
 
 import json
-import random
 import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ import optuna
 
 from adapters import registry, tasks
 from adapters.learner import Learner
-from benchmarks.self_tuning.search import _inside
+from benchmarks.self_tuning.search import population
 from bilevel import Budget, Descent
-from bilevel.checkpoint import copy
 from hypergrad import Unrolled
 from studies import Study
 from studies.events import Event, Finished, Rung
@@ -112,53 +110,24 @@ def one_run(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found:
     return finished(study, watch)
 
 
-def population(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found:
-    """Population-based training of the smooth hyperparameters, an own short implementation.
-
-    The worse third copies weights and values of the better one; copied values move by ±0.5 in the
-    unconstrained coordinate or are drawn anew (chance 1/4).  What is not smooth stays at its
-    default, because weights of another shape cannot be copied.
-    """
-    draw, rounds = random.Random(seed), 10
+def pbt(kind: type[Learner], task: Any, seed: int, folder: Path) -> Found:
+    """Population-based training of the smooth hyperparameters, the rest at its defaults."""
     space = kind.space.own(**dict.fromkeys(kind.space.sampled, "fixed"))
-    every = sampled_space(space)
-    sampler = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
 
-    def member(fresh: bool) -> Any:
+    def member(values: Mapping[str, Any], seed: int) -> Any:
         learner: Any = kind(space)
         learner.setup(task, {}, seed=seed)
-        if fresh:
-            learner.set_hparams(drawn(learner))
+        if values:
+            mine = {name: values[name] for name in learner.hparams}
+            checked = learner.space.validate(mine, dtype=task.dtype)
+            learner.set_hparams({name: checked[name] for name in learner.hparams})
         return learner
 
-    def drawn(learner: Any) -> dict[str, Any]:
-        """Values for what the gradient would own, drawn by the sampler."""
-        values = every.suggest(sampler.ask())
-        inside = _inside(space, {name: values[name] for name in learner.hparams})
-        checked = learner.space.validate(inside, dtype=task.dtype)
-        return {name: checked[name] for name in learner.hparams}
-
-    members = [member(i > 0) for i in range(TRIALS)]
-    third, cost = max(1, TRIALS // 3), 0
     curve: Curve = []
-    best = (float("inf"), float("inf"))
-    for _ in range(rounds):
-        for learner in members:
-            for _ in range(TOTAL // TRIALS // rounds):
-                cost += learner.step().cost.gradients
-        losses = [(m.evaluate("val")["loss"], m.evaluate("test")["loss"]) for m in members]
-        best = min(best, *losses)
-        curve.append((float(cost), best[0]))
-        order = sorted(range(TRIALS), key=lambda k: losses[k])
-        for loser, winner in zip(order[-third:], order[:third], strict=True):
-            members[loser].load_state_dict(copy(members[winner].state_dict()))
-            own = members[loser].space  # with the shapes that the network gave it
-            if draw.random() < 0.25:
-                moved = drawn(members[loser])
-            else:
-                z = own.coordinates(members[loser].hparams)
-                moved = own.constrain({n: v + draw.choice((-0.5, 0.5)) for n, v in z.items()})
-            members[loser].set_hparams(moved)
+    best = population(
+        member, space, TRIALS, TOTAL // TRIALS, seed,
+        look=lambda steps, best: curve.append((float(steps), best[0])),
+    )  # fmt: skip
     return curve, *best
 
 
@@ -166,7 +135,7 @@ WAYS: dict[str, Way] = {
     "random": search("random"),
     "TPE": search("tpe"),
     "ASHA (random + halving pruner)": search("random", "halving"),
-    "PBT": population,
+    "PBT": pbt,
     "one gradient run": one_run,
     "study": ours,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from studies.messages import Assignment, Decision, Message
 
@@ -15,6 +16,9 @@ class ExecutorError(RuntimeError):
 
 class Executor(ABC):
     """Some workers, each with at most one trial; a trial at a rung waits for its answer."""
+
+    isolated: ClassVar[bool] = True
+    """Whether the coordinator outlives a trial that ends its process."""
 
     @property
     @abstractmethod

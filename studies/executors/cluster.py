@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bilevel.checkpoint import replacing
 from studies.executors.base import Executor, ExecutorError
 from studies.hosts import check_hosts
 from studies.messages import Assignment, Decision, Lost, Message, Outcome, Paused, Setting
@@ -237,9 +238,8 @@ def _keep(trial: Assignment, state: bytes | None) -> None:
     """Store a checkpoint that came over the network as if it had been written here."""
     if state is None:
         return
-    temporary = trial.checkpoint.with_suffix(".tmp")
-    temporary.write_bytes(state)
-    temporary.replace(trial.checkpoint)
+    with replacing(trial.checkpoint) as file:
+        file.write(state)
 
 
 def _connect(ray: Any, address: str | None, workers: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 from studies.executors.base import Executor
 from studies.messages import Assignment, Decision, Message, Outcome, Paused, Setting
@@ -19,6 +20,8 @@ class InProcess(Executor):
         setting: of the study.
         interrupted: asked between two steps whether to pause.
     """
+
+    isolated: ClassVar[bool] = False
 
     def __init__(self, setting: Setting, interrupted: Callable[[], bool]) -> None:
         self._worker = Worker(setting, interrupted)

@@ -1,0 +1,97 @@
+"""What can be read of a study, the same for one that is run here and for one in a folder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from bilevel.schedule import Schedule
+from bilevel.space import Space
+from studies.files import Files
+from studies.messages import SCHEDULE
+from studies.record import TrialRecord
+
+__all__ = ["Readable"]
+
+
+class Readable(ABC):
+    """A study as figures, tables and reports see it.
+
+    Attributes:
+        name: of the study.
+        database: its storage.
+        files: checkpoints and artifacts.
+    """
+
+    name: str
+    database: RDBStorage
+    files: Files
+
+    @property
+    @abstractmethod
+    def space(self) -> Space:
+        """The hyperparameters and their owners."""
+
+    @property
+    @abstractmethod
+    def optuna(self) -> optuna.Study:
+        """The study as Optuna's object, for its plots, importances and samplers."""
+
+    @property
+    @abstractmethod
+    def best(self) -> TrialRecord:
+        """The feasible complete trial with the best value; among equals the first."""
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """All trials in order."""
+        return [TrialRecord.of(trial) for trial in self.optuna.get_trials(deepcopy=False)]
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """The feasible complete trials that no other one dominates, in order."""
+        best = [TrialRecord.of(trial) for trial in self.optuna.best_trials]
+        return [record for record in best if not record.imported]
+
+    def trial(self, number: int) -> FrozenTrial:
+        """Return a trial as Optuna stores it.
+
+        Raises:
+            ValueError: there is no such trial.
+        """
+        trials = self.optuna.get_trials(deepcopy=False)
+        if not 0 <= number < len(trials):
+            have = f"trials 0 to {len(trials) - 1}" if trials else "no trials yet"
+            raise ValueError(f"study {self.name!r} has {have}, but not trial {number}.")
+        return trials[number]
+
+    def artifacts(self, number: int) -> dict[str, str]:
+        """Return file name -> id of a trial's artifacts; of several of a name the latest."""
+        return self.files.artifacts_of(self.trial(number), self.database)
+
+    def artifact(self, name: str, number: int | None = None) -> str | None:
+        """Return the text of an artifact of a trial, by default of the best; None without one.
+
+        Raises:
+            ValueError: there is no such trial.
+        """
+        found = self.artifacts(self.best.number if number is None else number).get(name)
+        return None if found is None else self.files.read(found)
+
+    def schedule(self, number: int | None = None) -> Schedule | None:
+        """Return the history of the gradient-owned values of a trial, by default of the best.
+
+        None for a trial in which the gradient owned nothing, or that did not finish.
+        """
+        text = self.artifact(SCHEDULE, number)
+        return None if text is None else Schedule.from_json(text)
+
+    def owner(self, record: TrialRecord, name: str) -> str:
+        """Return who moved a hyperparameter in a trial."""
+        if name not in self.space:
+            return "sampler"
+        owner = self.space.owner(name)
+        return "sampler" if owner == "grad" and record.by == "sampler" else owner
