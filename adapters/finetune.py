@@ -19,12 +19,26 @@ from bilevel.space import Space
 from hypergrad import seeded
 from hypergrad.optimizers import Adam, Optimizer, Value
 
-__all__ = ["DECAY", "EPS", "FineTune", "FullFineTune", "adam", "betas", "head_of", "learning_rate"]
+__all__ = [
+    "ADAM_OWNERS",
+    "DECAY",
+    "EPS",
+    "FineTune",
+    "FullFineTune",
+    "adam",
+    "betas",
+    "head_of",
+    "learning_rate",
+]
 
 DECAY = Grad(1e-5, low=1e-8, high=0.1, scale="log", doc="L2 penalty of all trained; smooth")
 
 
 EPS = Grad(1e-6, low=1e-12, high=1e-2, scale="log", doc="ε of Adam; smooth")
+
+
+ADAM_OWNERS = dict.fromkeys(("beta1", "beta2", "eps"), "sampler")
+"""Who owns the domains of `betas` and `EPS` by default."""
 
 
 def betas(second: float = 0.999) -> dict[str, Grad]:

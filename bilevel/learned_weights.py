@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor
 
-from bilevel.weighing import Reweighting, gathered, scattered
+from bilevel.weighing import Reweighting, Rule, gathered, scattered
 
 __all__ = ["LearnedWeights"]
 
 
 @dataclass(frozen=True)
-class LearnedWeights:
+class LearnedWeights(Rule):
     """Weights of samples by their index, in the place of a `bilevel.reweighting.Reweighter`.
 
         inner = lambda params, h, batch: LearnedWeights(h["theta"])(
@@ -45,32 +45,6 @@ class LearnedWeights:
                 f"logits must have shape (samples,), but got {tuple(self.logits.shape)}."
             )
 
-    def __call__(
-        self,
-        losses: Tensor,
-        mask: Tensor | None = None,
-        *,
-        index: Tensor | None = None,
-        step: int = 0,
-        group: Any = None,
-    ) -> tuple[Tensor, Reweighting]:
-        """Return Σ w_i ℓ_i, with a gradient in θ, and what it was weighed by.
-
-        Args:
-            losses: ℓ of each sample, shape (batch,), with their graph.
-            mask: which samples count; None for all.
-            index: of the samples, int64 of shape (batch,); needed, each once.
-            step: not used.
-            group: see `Reweighter`; every process holds all of θ.
-
-        Raises:
-            TypeError: see `bilevel.weighing.gathered`.
-            ValueError: see there; or weights that sum to zero.
-            FloatingPointError: see there.
-        """
-        info = self.weigh(losses, mask, index=index, step=step, group=group)
-        return info.loss(losses), info
-
     def weigh(
         self,
         losses: Tensor,
@@ -80,7 +54,15 @@ class LearnedWeights:
         step: int = 0,
         group: Any = None,
     ) -> Reweighting:
-        """Return the weights of a batch; arguments and errors of the call."""
+        """See `Rule.weigh`; `index` is needed, each sample once, and `step` is not used.
+
+        In a group every process holds all of θ.
+
+        Raises:
+            TypeError: see there.
+            ValueError: see there; or weights that sum to zero.
+            FloatingPointError: see there.
+        """
         batch = gathered(losses, mask, index, group, known=len(self.logits))
         found = self.weights(batch.index[batch.counts])
         if not found.detach().isfinite().all():

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bilevel.weighing import Reweighting, gathered, scattered
+from bilevel.weighing import Reweighting, Rule, gathered, scattered
 
 __all__ = ["Reweighter", "Temperature"]
 
@@ -83,7 +83,7 @@ class Temperature:
 
 
 @dataclass(frozen=True)
-class Reweighter:
+class Reweighter(Rule):
     """Weighs the losses of a batch.
 
         loss, info = Reweighter("linupper", Temperature(0.4, burn_in=100))(losses, step=step)
@@ -119,35 +119,6 @@ class Reweighter:
         if self.cap is not None and self.cap < 1:
             raise ValueError(f"cap must be at least 1, or no weights sum to 1, but got {self.cap}.")
 
-    def __call__(
-        self,
-        losses: Tensor,
-        mask: Tensor | None = None,
-        *,
-        index: Tensor | None = None,
-        step: int = 0,
-        group: Any = None,
-    ) -> tuple[Tensor, Reweighting]:
-        """Return Σ w_i ℓ_i and what it was weighed by.
-
-        Args:
-            losses: ℓ of each sample (sequence, token), shape (batch,), with their graph.
-            mask: which samples count; None for all.
-            index: of the samples, only to name them in messages.
-            step: for the temperature.
-            group: a process group of `torch.distributed` whose batches are weighed together, one
-                of them may be empty; the loss is then scaled for gradients that are averaged over
-                its processes.
-
-        Raises:
-            TypeError: see `bilevel.weighing.gathered`.
-            ValueError: losses that are averaged already, an empty batch, a mask of another shape,
-                or no sample that counts.
-            FloatingPointError: a loss is not finite; names the samples.
-        """
-        info = self.weigh(losses, mask, index=index, step=step, group=group)
-        return info.loss(losses), info
-
     def weigh(
         self,
         losses: Tensor,
@@ -157,11 +128,7 @@ class Reweighter:
         step: int = 0,
         group: Any = None,
     ) -> Reweighting:
-        """Return the weights of a batch, for gradients that are accumulated over micro-batches.
-
-        Weigh the detached losses of the whole batch first, then add up `Reweighting.loss` of the
-        micro-batches.  Arguments and errors of the call.
-        """
+        """See `Rule.weigh`; `index` only names samples in messages, `step` is the temperature's."""
         batch = gathered(losses, mask, index, group)
         return scattered(batch, self.weights(batch.losses[batch.counts], self._at(step)))
 

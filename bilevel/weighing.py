@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Batch", "Reweighting", "gathered", "scattered"]
+__all__ = ["Batch", "Reweighting", "Rule", "gathered", "scattered"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,54 @@ class Reweighting:
                 f"{tuple(losses.shape)}."
             )
         return self.scale * (weights.to(losses.dtype) * losses).sum()
+
+
+class Rule(ABC):
+    """Weighs the losses of a batch; learned weights and those from losses are called alike."""
+
+    def __call__(
+        self,
+        losses: Tensor,
+        mask: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        step: int = 0,
+        group: Any = None,
+    ) -> tuple[Tensor, Reweighting]:
+        """Return Σ w_i ℓ_i and what it was weighed by; arguments and errors of `weigh`."""
+        info = self.weigh(losses, mask, index=index, step=step, group=group)
+        return info.loss(losses), info
+
+    @abstractmethod
+    def weigh(
+        self,
+        losses: Tensor,
+        mask: Tensor | None = None,
+        *,
+        index: Tensor | None = None,
+        step: int = 0,
+        group: Any = None,
+    ) -> Reweighting:
+        """Return the weights of a batch, for gradients that are accumulated over micro-batches.
+
+        Weigh the detached losses of the whole batch first, then add up `Reweighting.loss` of the
+        micro-batches.
+
+        Args:
+            losses: ℓ of each sample (sequence, token), shape (batch,), with their graph.
+            mask: which samples count; None for all.
+            index: of the samples, int64 of shape (batch,).
+            step: for a rule that changes over time.
+            group: a process group of `torch.distributed` whose batches are weighed together, one
+                of them may be empty; the loss is then scaled for gradients that are averaged over
+                its processes.
+
+        Raises:
+            TypeError: indices that are no integers.
+            ValueError: losses that are averaged already, an empty batch, a mask or indices of
+                another shape, or no sample that counts.
+            FloatingPointError: a loss is not finite; names the samples.
+        """
 
 
 @dataclass(frozen=True)

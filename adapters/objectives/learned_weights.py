@@ -12,15 +12,14 @@ Source: Franceschi et al., ICML 2017, section 5.1; see `bilevel.learned_weights`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from adapters.method import Batch, Method
-from adapters.networks import MLP
-from adapters.tasks import Classification
+from adapters.method import Batch
+from adapters.objectives.perceptron import Perceptron
 from bilevel.domains import Grad
 from bilevel.learned_weights import LearnedWeights
 from bilevel.space import Space
@@ -28,7 +27,7 @@ from bilevel.space import Space
 __all__ = ["LearnedSampleWeights"]
 
 
-class LearnedSampleWeights(Method):
+class LearnedSampleWeights(Perceptron):
     """A weight per training sample, learned on validation data (Franceschi et al., 2017)."""
 
     name = "learned_weights"
@@ -37,11 +36,6 @@ class LearnedSampleWeights(Method):
         weight_decay=Grad(1e-4, low=1e-7, high=1e-1, scale="log", doc="L2 penalty; smooth"),
         logit=Grad(0.0, low=-8.0, high=8.0, doc="θ of each training sample; smooth"),
     ).own(lr="sampler", weight_decay="sampler")
-
-    def network(self) -> nn.Module:
-        """A perceptron with two hidden layers of 64 units, tanh."""
-        task = cast(Classification, self.setting.task)
-        return MLP(task.input_shape, task.n_classes, activation="tanh")
 
     def shapes(self, model: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """One θ for each training sample."""
@@ -52,11 +46,6 @@ class LearnedSampleWeights(Method):
         losses = F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")
         logits = torch.as_tensor(hparams["logit"]).to(losses).expand(self._rows())
         return (LearnedWeights(logits).weights(batch["index"]) * losses).sum()
-
-    def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
-        """½ λ ‖w‖²."""
-        squares = torch.stack([p.square().sum() for p in model.parameters()])
-        return cast(Tensor, 0.5 * hparams["weight_decay"] * squares.sum())
 
     def _rows(self) -> int:
         return len(self.setting.task.split("train")["y"])

@@ -11,15 +11,13 @@ Source: Sow et al., ICLR 2025, arXiv 2502.06733; see `bilevel.reweighting`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from adapters.losses import half_squares
-from adapters.method import Batch, Method
-from adapters.networks import MLP
-from adapters.tasks import Classification
+from adapters.method import Batch
+from adapters.objectives.perceptron import Perceptron
 from bilevel.domains import Choice, Grad, Int
 from bilevel.reweighting import Reweighter
 from bilevel.space import Space
@@ -27,7 +25,7 @@ from bilevel.space import Space
 __all__ = ["Reweighted"]
 
 
-class Reweighted(Method):
+class Reweighted(Perceptron):
     """Loss-based sample weights: redundant, middling or hard samples first (Sow et al., 2025)."""
 
     name = "reweighted"
@@ -48,11 +46,6 @@ class Reweighted(Method):
         burn_in=Int(0, 100_000, default=20, doc="steps with uniform weights"),
     ).own(lr="sampler", temperature="sampler")
 
-    def network(self) -> nn.Module:
-        """A perceptron with two hidden layers of 64 units, tanh."""
-        task = cast(Classification, self.setting.task)
-        return MLP(task.input_shape, task.n_classes, activation="tanh")
-
     def detached(
         self, model: nn.Module, hparams: Mapping[str, Any], batch: Batch
     ) -> dict[str, Tensor]:
@@ -66,10 +59,6 @@ class Reweighted(Method):
             return losses.mean()
         rule = Reweighter(hparams["strategy"], norm=hparams["norm"])
         return (rule.weights(batch["losses"], hparams["temperature"]) * losses).sum()
-
-    def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> Tensor:
-        """½ λ ‖w‖²."""
-        return half_squares(hparams["weight_decay"], model.parameters())
 
     def _losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch["x"]), batch["y"], reduction="none")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, EPS, adam, betas, learning_rate
+from adapters.finetune import ADAM_OWNERS, DECAY, EPS, adam, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
 from bilevel.domains import Choice, Int, Switch
@@ -40,7 +40,7 @@ class DCTAdamW(SplitTune):
         error_feedback=Switch(default=True, doc="return what is projected out to the next step"),
         transport=Choice("move", "keep", "reset", default="move", doc="moments at a choice"),
         basis=Choice("dct", "random", default="dct", doc="fixed DCT, or redrawn random directions"),
-    ).own(lr="sampler", beta1="sampler", beta2="sampler", eps="sampler")
+    ).own(lr="sampler", **ADAM_OWNERS)
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam along the chosen columns."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, EPS, adam, betas, learning_rate
+from adapters.finetune import ADAM_OWNERS, DECAY, EPS, adam, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Blocks, Projector, Slices, Split
 from bilevel.domains import Choice, Float, Grad, Int
@@ -68,14 +68,7 @@ class FRUGAL(SplitTune):
         ),
         remainder=Choice("sign", "sgd", "none", default="sign", doc="rule of the rest"),
         transport=Choice("reset", "move", default="reset", doc="moments at a refresh"),
-    ).own(
-        lr="sampler",
-        free_scale="sampler",
-        projected_scale="sampler",
-        beta1="sampler",
-        beta2="sampler",
-        eps="sampler",
-    )
+    ).own(lr="sampler", free_scale="sampler", projected_scale="sampler", **ADAM_OWNERS)
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam in the subspace, and the rule of the rest."""

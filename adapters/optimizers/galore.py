@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from adapters.finetune import DECAY, EPS, adam, betas, learning_rate
+from adapters.finetune import ADAM_OWNERS, DECAY, EPS, adam, betas, learning_rate
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
 from bilevel.domains import Choice, Grad, Int
@@ -36,13 +36,7 @@ class GaLore(SplitTune):
         rank=Int(1, 32, log=True, default=8, doc="directions r"),
         refresh=Int(1, 1000, log=True, default=50, doc="steps T between two bases"),
         transport=Choice("keep", "move", "reset", default="keep", doc="moments at a refresh"),
-    ).own(
-        lr="sampler",
-        scale="sampler",
-        beta1="sampler",
-        beta2="sampler",
-        eps="sampler",
-    )
+    ).own(lr="sampler", scale="sampler", **ADAM_OWNERS)
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam in the top singular directions."""

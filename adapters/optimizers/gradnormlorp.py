@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from adapters.finetune import DECAY, EPS, adam, betas, head_of, learning_rate
+from adapters.finetune import ADAM_OWNERS, DECAY, EPS, adam, betas, head_of, learning_rate
 from adapters.reparam import adaptable
 from adapters.sparse.method import SplitTune
 from adapters.split import Basis, Split
@@ -62,14 +62,7 @@ class GradNormLoRP(SplitTune):
         refresh=Int(1, 1000, log=True, default=50, doc="steps T between two bases"),
         side=Choice("smaller", "larger", "left", "right", default="smaller", doc="side of P"),
         transport=Choice("keep", "move", "reset", default="keep", doc="moments at a refresh"),
-    ).own(
-        lr="sampler",
-        scale="sampler",
-        magnitude="sampler",
-        beta1="sampler",
-        beta2="sampler",
-        eps="sampler",
-    )
+    ).own(lr="sampler", scale="sampler", magnitude="sampler", **ADAM_OWNERS)
 
     def attach(self, model: nn.Module) -> None:
         """Normalize the hidden weights.

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from adapters.finetune import DECAY, EPS, adam, betas, learning_rate
+from adapters.finetune import ADAM_OWNERS, DECAY, EPS, adam, betas, learning_rate
 from adapters.select import low_rank
 from adapters.sparse.method import HEAD, SparseTune
 from adapters.split import Coordinates, Split
@@ -63,7 +63,7 @@ class LIFT(SparseTune):
         refresh=Int(1, 5000, log=True, default=100, doc="steps T between two supports"),
         head=HEAD,
         direction=Choice("largest", "smallest", default="largest", doc="which entries are trained"),
-    ).own(lr="sampler", beta1="sampler", beta2="sampler", eps="sampler")
+    ).own(lr="sampler", **ADAM_OWNERS)
 
     def split(self, hyper: Callable[[str], Value]) -> Split:
         """Adam on the support."""
