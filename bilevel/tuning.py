@@ -103,15 +103,17 @@ class Tuning:
         """Write `stored` as a checkpoint, atomically."""
         save(path, self.stored())
 
-    def evaluate(self, split: str) -> dict[str, float] | None:
-        """Return the metrics of a split at the values that the weights were trained with.
+    def evaluate(
+        self, split: str, hparams: Mapping[str, Tensor] | None = None
+    ) -> dict[str, float] | None:
+        """Return the metrics of a split, by default at the values the weights were trained with.
 
         None where the inner level says that it has no such split; a loss that is not finite is
         {"loss": nan}.
         """
         inner = self.run.inner
         coming = inner.hparams
-        inner.set_hparams(self.run.hparams)
+        inner.set_hparams(self.run.hparams if hparams is None else hparams)
         try:
             with self.generators():
                 return _evaluate(inner, split)

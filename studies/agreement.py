@@ -11,6 +11,7 @@ import optuna
 from bilevel.budget import Budget
 from bilevel.describe import describe, differences
 from bilevel.space import Space
+from studies.messages import Keep
 from studies.schedulers import Ladder, Scheduler
 from studies.versions import versions
 
@@ -49,21 +50,21 @@ def agree(
     Raises:
         MismatchError: they differ, or another program made the study.
     """
-    attributes = study.user_attrs
-    if "settings" not in attributes:
-        if study.get_trials(deepcopy=False):
-            raise MismatchError(
-                f"study {study.study_name!r} in {storage} has trials, but was not made by bilevel; "
-                "use another name."
-            )
-        study.set_user_attr("settings", dict(mine))
-        study.set_user_attr("versions", versions())
-        attributes = study.user_attrs
-    stored = attributes["settings"]
+    stored = study.user_attrs.get("settings")
+    if stored is None and study.get_trials(deepcopy=False):
+        raise MismatchError(
+            f"study {study.study_name!r} in {storage} has trials, but was not made by bilevel; "
+            "use another name."
+        )
     lines = []
     old = [direction.name.lower() for direction in study.directions]
     if old != list(directions):
         lines.append(f"direction: {', '.join(old)!r} before, {', '.join(directions)!r} now")
+    if stored is None:
+        _refuse(study, storage, lines)
+        study.set_user_attr("settings", dict(mine))
+        study.set_user_attr("versions", versions())
+        return
     for key in ("learner", "task", "metric", "constraints", "seed", "algorithm"):
         lines += differences(stored[key], mine[key], key)
     before, now = Space.from_json(stored["space"]), Space.from_json(mine["space"])
@@ -78,6 +79,7 @@ def agree_on_run(
     rungs: int,
     scheduler: Scheduler,
     ladder: Ladder,
+    keep: Keep,
 ) -> Ladder:
     """Store what a trial is in a new study; compare it with that of an existing one.
 
@@ -87,7 +89,12 @@ def agree_on_run(
     Raises:
         MismatchError: trials of another budget are not comparable.
     """
-    mine = {"budget": describe(budget), "reports": rungs, "scheduler": describe(scheduler)}
+    mine = {
+        "budget": describe(budget),
+        "reports": rungs,
+        "scheduler": describe(scheduler),
+        "keep": keep,
+    }
     stored = study.user_attrs.get("run")
     if stored is None:
         study.set_user_attr("run", {**mine, **asdict(ladder)})
@@ -100,7 +107,6 @@ def agree_on_run(
 def _refuse(study: optuna.Study, storage: str, lines: list[str]) -> None:
     if lines:
         raise MismatchError(
-            f"study {study.study_name!r} in {storage} has other settings:\n  "
-            + "\n  ".join(lines)
-            + "\nUse the same settings to go on with it, or another name."
+            f"study {study.study_name!r} in {storage} has other settings: {'; '.join(lines)}; "
+            "go on with the same ones, or use another name."
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 from optuna.trial import FrozenTrial, Trial
 
 from bilevel.space import Space
 from studies.ledger import Ledger
+from studies.messages import Keep
 from studies.record import TrialRecord
 from studies.schedulers import Ladder, Member, Scheduler, Verdict
 from studies.spaces import samplable, sampled_space
@@ -24,6 +26,7 @@ class Brackets:
         scheduler: decides.
         ladder: rungs of the trials.
         space: of the study.
+        keep: trials are compared by their best rung so far, or by their last.
         grid: params to try before any are sampled, by mangled names.
     """
 
@@ -33,9 +36,10 @@ class Brackets:
         scheduler: Scheduler,
         ladder: Ladder,
         space: Space,
+        keep: Keep = "best",
         grid: Sequence[Mapping[str, Any]] = (),
     ) -> None:
-        self._grid = grid
+        self._grid, self._keep = grid, keep
         self._ledger, self._scheduler, self._ladder = ledger, scheduler, ladder
         self._spaces = {"gradient": space}
         if space.grad and samplable(space):
@@ -101,9 +105,16 @@ class Brackets:
                 state=record.state,
                 by=record.by,
                 value=None if record.value is None else sign * record.value,
-                rungs={rung: sign * value for rung, value in record.rungs.items()},
+                rungs=self._scores({rung: sign * v for rung, v in record.rungs.items()}),
                 gain=outlook.get("gain", 0.0),
                 settled=outlook.get("settled", False),
             )
             found.setdefault(place["index"], []).append(member)
         return found
+
+    def _scores(self, values: Mapping[int, float]) -> dict[int, float]:
+        """What a trial is worth at each rung: as it would come out of it there."""
+        reached = sorted(values)
+        if self._keep == "last":
+            return dict(values)
+        return dict(zip(reached, accumulate((values[r] for r in reached), min), strict=True))

@@ -264,6 +264,7 @@ def compare(
                 way.budget,
                 scheduler="fifo",
                 warm=False,
+                keep="last",
                 on_event=lambda event, way=way, seed=seed: on_event(way.name, seed, event),  # type: ignore[misc]
             )
             done[way.name].append(study)

@@ -132,6 +132,10 @@ class Ledger:
         """Whether the study's pruner says that a trial shall end."""
         return self._prunes and trial.should_prune()
 
+    def has_start_values(self, number: int) -> bool:
+        """Whether the final gradient-owned values of a trial were kept."""
+        return self._files.hparams(number).exists()
+
     def start_values(self, number: int) -> dict[str, object] | None:
         """Return the final gradient-owned values of a trial; None where they were not kept."""
         path = self._files.hparams(number)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adapters.learner import Learner
 from adapters.tasks import Task
@@ -21,6 +21,7 @@ __all__ = [
     "TRACE",
     "Assignment",
     "Decision",
+    "Keep",
     "Lost",
     "Message",
     "Outcome",
@@ -29,6 +30,8 @@ __all__ = [
     "Setting",
     "Stalled",
 ]
+
+Keep = Literal["best", "last"]
 
 SCHEDULE = "schedule.json"
 """Artifact with the history of every gradient-owned value."""
@@ -49,7 +52,9 @@ class Setting:
         budget: of a trial.
         rungs: shares of the budget, increasing up to 1, at which a trial reports.
         metrics: what the study optimizes, of the validation split.
+        signs: 1 for each metric that is minimized and -1 for each that is maximized.
         constraints: metric of the validation split -> largest feasible value.
+        keep: the weights that come out of a trial: of its best rung, or its last.
         checkpoint_seconds: least wall time between two checkpoints of a trial; None: as often as
             it takes at most 2 % of the time.
     """
@@ -61,7 +66,9 @@ class Setting:
     budget: Budget
     rungs: tuple[float, ...]
     metrics: tuple[str, ...]
+    signs: tuple[int, ...]
     constraints: Mapping[str, float] = field(default_factory=dict)
+    keep: Keep = "best"
     checkpoint_seconds: float | None = None
 
 

@@ -8,8 +8,10 @@ all random generators and the schedule, as plain data.
 from __future__ import annotations
 
 import gc
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,15 +25,19 @@ from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.checkpoint import copy, load, save
 from bilevel.checks import integer
+from bilevel.metrics import RunStatus
 from bilevel.rng import rng_state, seed_generators, set_rng_state
 from bilevel.space import Space
 from studies.messages import Assignment, Setting
-from studies.progress import Plain, Progress, Tuned
+from studies.plain import Plain
+from studies.progress import Progress
+from studies.record import Failure, TrialRecord
 from studies.sampling import derive_seed
 from studies.spaces import check_owners
 from studies.trial import rehearse, set_up
+from studies.tuned import Tuned
 
-__all__ = ["FAILURE", "FINISHED", "NUMBER", "BilevelTrainable", "as_trainable"]
+__all__ = ["FAILURE", "FINISHED", "NUMBER", "RECORD", "BilevelTrainable", "as_trainable"]
 
 NUMBER = "trial_number"
 """Entry of a config that `StudySearcher` adds: the number of the trial in its study."""
@@ -41,6 +47,9 @@ FINISHED = "finished"
 
 FAILURE = "failure"
 """Entry of a result: {"kind", "message"} where the trial failed."""
+
+RECORD = "record"
+"""Entry of a result: the attributes of a `TrialRecord` as JSON, which Tune does not take apart."""
 
 STATE = "state.pt"
 """File of a checkpoint."""
@@ -118,28 +127,43 @@ class BilevelTrainable(tune.Trainable):
                 if progress.status.finished:
                     break
                 progress.advance()
+            if not progress.status.finished and self._spent():
+                progress.stop(RunStatus.MAX_ITER, "the budget is spent")
             found = progress.outcome(evaluate_test=False).record
         except FloatingPointError as error:
-            return self._failed("not finite", str(error))
+            return self._failed(Failure("not finite", str(error)))
         if found.failure is not None:
-            return self._failed(found.failure.kind, found.failure.message)
+            return self._failed(found.failure)
         self._good = None
-        over = progress.status.finished or self._spent()
+        over = progress.status.finished
         if over and self.evaluate_test:
             found = progress.outcome(evaluate_test=True).record
         return {
             **{n.removeprefix("val/"): v for n, v in found.metrics.items()},
             **self._counters(),
             "constraint": dict(found.constraints),
-            "attr": {"hparams": dict(found.hparams), "status": found.status, "seed": found.seed},
+            RECORD: json.dumps(found.attributes()),
             FINISHED: over,
             "done": over,
         }
 
-    def _failed(self, kind: str, message: str) -> dict[str, Any]:
-        nothing = dict.fromkeys(self.setting.metrics, float("nan"))
-        why = {"kind": kind, "message": message}
-        return {**nothing, **self._counters(), FAILURE: why, FINISHED: True, "done": True}
+    def _failed(self, failure: Failure) -> dict[str, Any]:
+        progress = self.progress
+        record = TrialRecord(
+            progress.trial.number,
+            "failed",
+            cost=progress.cost,
+            seed=progress.trial.seed,
+            failure=failure,
+        )
+        return {
+            **dict.fromkeys(self.setting.metrics, float("nan")),
+            **self._counters(),
+            FAILURE: asdict(failure),
+            RECORD: json.dumps(record.attributes()),
+            FINISHED: True,
+            "done": True,
+        }
 
     def _counters(self) -> dict[str, Any]:
         cost, outer_steps = self.progress.cost, self.progress.outer_steps
@@ -226,6 +250,7 @@ def as_trainable(
     owners = kind.space if space is None else space
     integer("steps_per_report", steps_per_report, minimum=1)
     check_owners(owners, algorithm)
+    metrics = (metric,) if isinstance(metric, str) else tuple(metric)
     setting = Setting(
         learner=kind,
         task=subject,
@@ -233,8 +258,10 @@ def as_trainable(
         algorithm=algorithm,
         budget=Budget.of(budget),
         rungs=(1.0,),
-        metrics=(metric,) if isinstance(metric, str) else tuple(metric),
+        metrics=metrics,
+        signs=(1,) * len(metrics),  # Tune has the directions
         constraints=dict(constraints or {}),
+        keep="last",
     )
     rehearse(setting, Assignment(0, 0, owners.defaults(), bool(owners.grad), Path(STATE)))
     own = {

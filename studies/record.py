@@ -62,6 +62,8 @@ class TrialRecord:
         cost: work done.
         seed: of the learner.
         status: of the run when it ended, in words.
+        at: training steps after which it was best, where that is not the end: values, metrics
+            and hyperparameters are those of then.
         failure: why it failed, where it did.
         rungs: intermediate values by rung.
         constraints: metric -> by how much it exceeds its limit; feasible where none is positive.
@@ -81,6 +83,7 @@ class TrialRecord:
     cost: Cost = field(default_factory=Cost)
     seed: int | None = None
     status: str = ""
+    at: int | None = None
     failure: Failure | None = None
     rungs: Mapping[int, float] = field(default_factory=dict)
     constraints: Mapping[str, float] = field(default_factory=dict)
@@ -115,6 +118,7 @@ class TrialRecord:
             cost=Cost(**cost) if cost else Cost(),
             seed=attrs.get("run", {}).get("seed"),
             status=attrs.get("run", {}).get("status", ""),
+            at=attrs.get("run", {}).get("at"),
             failure=Failure(**failure) if failure else None,
             rungs=dict(trial.intermediate_values),
             constraints=dict(trial.constraints),
@@ -129,7 +133,7 @@ class TrialRecord:
         attributes: dict[str, Any] = {
             "hparams": dict(self.hparams),
             "cost": asdict(self.cost),
-            "run": {"status": self.status, "seed": self.seed},
+            "run": {"status": self.status, "seed": self.seed, "at": self.at},
             "cost/equivalent_steps": self.cost.equivalent_steps,
             **self.metrics,
         }

@@ -28,8 +28,8 @@ from studies.executors.config import ExecutorConfig, ExecutorName, executor_conf
 from studies.files import Files
 from studies.imports import Rows, observations
 from studies.interrupt import deferred_interrupt
-from studies.ledger import Ledger, best_trial
-from studies.messages import Assignment, Setting
+from studies.ledger import Ledger, best_trial, signs
+from studies.messages import Assignment, Keep, Setting
 from studies.readable import Readable
 from studies.record import TrialRecord
 from studies.sampling import derive_seed, make_pruner, make_sampler
@@ -182,7 +182,7 @@ class Study(Readable):
         space = self.space if gradient else sampled_space(self.space)
         values = space.values_from_params(best.params)
         budget = Budget(**{k: v for k, v in run["budget"].items() if k != "type"})
-        setting = self._setting(budget, tuple(run["rungs"]))
+        setting = self._setting(budget, tuple(run["rungs"]), run["keep"])
         return restore(setting, self._assignment(best.number, values, gradient))
 
     def table(self) -> Table:
@@ -257,6 +257,7 @@ class Study(Readable):
         retries: int = 1,
         max_failed: float = 0.5,
         warm: bool = True,
+        keep: Keep = "best",
         on_event: Callable[[Event], None] | None = None,
         checkpoint_seconds: float | None = None,
     ) -> Self:
@@ -275,7 +276,7 @@ class Study(Readable):
             total: limit of all trials together, of this study (of this call, for seconds); a trial
                 that does not fit any more is finished where it is.
             workers: trials at a time.  Default: 1.
-            executor: where trials run: "in_process", "pool" (spawned processes of this host),
+            executor: where trials run: "in_process", "pool" (processes of this host),
                 "ray" (actors), or a config such as ``Processes(4, memory=2 << 30)``.  "auto" is a
                 pool for several workers or a time limit.
             trial_seconds: wall time after which a trial is ended in the middle of a step, as
@@ -284,6 +285,8 @@ class Study(Readable):
             max_failed: share of failed trials (of at least 10) above which the study stops.
             warm: whether a trial's gradient-owned values start from those of the nearest complete
                 trial.
+            keep: what comes out of a trial: "best", the weights and values of its best rung by the
+                validation split, or "last".  With several objectives always the last.
             on_event: called with each `studies.events.Event`.
             checkpoint_seconds: least wall time between two checkpoints of a trial; by default as
                 often as takes at most 2 % of the time.
@@ -307,18 +310,21 @@ class Study(Readable):
             raise ValueError(f"trial_seconds must be positive, but got {trial_seconds!r}.")
         if checkpoint_seconds is not None and not checkpoint_seconds >= 0:
             raise ValueError(f"checkpoint_seconds must be >= 0, but got {checkpoint_seconds!r}.")
+        if keep not in ("best", "last"):
+            raise ValueError(f"keep must be 'best' or 'last', but got {keep!r}.")
         if workers is not None:
             integer("workers", workers, minimum=1)
         config = executor_config(executor, workers, killing=trial_seconds is not None)
         policy = choose_scheduler(scheduler, self.space, self._study)
         budget = Budget.of(budget)
+        config.prepare()
         told = on_event or (lambda event: None)
         with coordinator_lock(self.files.study, self.name):
             grid = first_points(policy, self.space, self.seed) if self._sampler_is_default else []
             policy = fitted(policy, self.space, len(grid))
             ladder = policy.ladder(trials, rungs)
-            ladder = agree_on_run(self._study, self.storage, budget, rungs, policy, ladder)
-            setting = self._setting(budget, ladder.rungs, checkpoint_seconds)
+            ladder = agree_on_run(self._study, self.storage, budget, rungs, policy, ladder, keep)
+            setting = self._setting(budget, ladder.rungs, keep, checkpoint_seconds)
             ledger = Ledger(
                 self._study, self.database, self.files, self._sampler,
                 warm, lambda reason: told(Stalled(reason)),
@@ -326,7 +332,7 @@ class Study(Readable):
             if not ledger.unfinished(trials):
                 return self
             rehearse(setting, self._assignment(0, self.space.defaults(), bool(self.space.grad)))
-            brackets = Brackets(ledger, policy, ladder, self.space, grid)
+            brackets = Brackets(ledger, policy, ladder, self.space, keep, grid)
 
             def assign(trial: Trial, values: Mapping[str, Any]) -> Assignment:
                 by = ledger.get(trial.number).user_attrs.get("by", "gradient")
@@ -351,6 +357,7 @@ class Study(Readable):
         self,
         budget: Budget,
         rungs: tuple[float, ...],
+        keep: Keep,
         checkpoint_seconds: float | None = None,
     ) -> Setting:
         return Setting(
@@ -361,7 +368,9 @@ class Study(Readable):
             budget=budget,
             rungs=rungs,
             metrics=self.metrics,
+            signs=signs(self._study),
             constraints=self.constraints,
+            keep=keep,
             checkpoint_seconds=checkpoint_seconds,
         )
 

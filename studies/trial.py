@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import time
 from collections.abc import Callable, Generator
 from typing import cast
@@ -11,9 +12,12 @@ from adapters.learner import Learner
 from bilevel.checkpoint import load, save
 from bilevel.inner import Inner
 from bilevel.metrics import RunStatus
+from studies.kept import Kept
 from studies.messages import Assignment, Decision, Outcome, Paused, Reached, Setting, Stalled
-from studies.progress import Plain, Progress, Tuned
+from studies.plain import Plain
+from studies.progress import Progress
 from studies.spaces import sampled_space
+from studies.tuned import Tuned
 
 __all__ = ["rehearse", "restore", "run_trial", "set_up"]
 
@@ -41,9 +45,11 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
     learner = set_up(setting, trial)
     make = Tuned if trial.gradient else Plain
     progress: Progress = make(setting, trial, learner)
-    passed = 0
+    passed, kept = 0, Kept(setting)
     if trial.checkpoint.exists():
-        progress.load(load(trial.checkpoint))
+        saved = load(trial.checkpoint)
+        progress.load(saved["progress"])
+        kept.load(saved["kept"])
         passed = max(0, _due(setting, progress) - 1)
     cadence, last = _Cadence(setting.checkpoint_seconds), len(setting.rungs)
     while True:
@@ -51,6 +57,7 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
         if due > passed and progress.status is not RunStatus.DIVERGED:
             passed = due
             values = progress.values(due)
+            kept.look(progress)
             gain, settled = progress.outlook()
             reached = Reached(trial.number, due, values, gain, settled, progress.cost)
             decision = yield reached
@@ -59,18 +66,23 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
             elif decision is Decision.FINISH and due < last:
                 progress.stop(RunStatus.EARLY_STOPPED, settled or f"finished at rung {due}")
             elif decision is Decision.PAUSE and due < last:
-                yield from _store(progress, trial)
+                yield from _store(progress, kept, trial)
                 return Paused(progress.outcome(evaluate_test=False))
         if progress.status.finished:
             break
         if interrupted():
-            yield from _store(progress, trial)
+            yield from _store(progress, kept, trial)
             return Paused(progress.outcome(evaluate_test=False))
         progress.advance()
         if cadence.due() and not progress.status.finished:
-            yield from _store(progress, trial)
+            yield from _store(progress, kept, trial)
             cadence.stored()
-    yield from _store(progress, trial)  # the state that `restore` reads
+    whole = progress.status not in (RunStatus.PRUNED, RunStatus.DIVERGED)
+    if whole and math.isfinite(progress.validated().get("loss", 0.0)):
+        kept.look(progress)
+    yield from _store(progress, kept, trial)  # the state that `restore` reads
+    if whole:
+        kept.put_back(progress)
     return progress.outcome(evaluate_test=progress.status is not RunStatus.PRUNED)
 
 
@@ -94,17 +106,20 @@ def rehearse(setting: Setting, trial: Assignment) -> None:
 
 
 def restore(setting: Setting, trial: Assignment) -> Learner:
-    """Return the learner of a trial as its checkpoint has it.
+    """Return the learner of a complete trial as it came out of it.
 
     Raises:
         FileNotFoundError: the checkpoint was not kept.
     """
     learner, saved = set_up(setting, trial), load(trial.checkpoint)
+    progress, kept = saved["progress"], Kept(setting)
+    kept.load(saved["kept"])
     if trial.gradient:
-        learner.load_state_dict(saved["run"]["inner"])
-        cast(Inner, learner).set_hparams(saved["run"]["hparams"])
+        state = kept.learner or progress["run"]
+        learner.load_state_dict(state["inner"])
+        cast(Inner, learner).set_hparams(state["hparams"])
     else:
-        learner.load_state_dict(saved["learner"])
+        learner.load_state_dict(kept.learner or progress["learner"])
     return learner
 
 
@@ -121,11 +136,11 @@ def _due(setting: Setting, progress: Progress) -> int:
     return sum(rung <= fraction + 1e-9 for rung in setting.rungs)
 
 
-def _store(progress: Progress, trial: Assignment) -> Generator[Stalled, Decision, None]:
+def _store(progress: Progress, kept: Kept, trial: Assignment) -> Generator[Stalled, Decision, None]:
     """Write the checkpoint; where the disk is full, wait until there is room."""
     while True:
         try:
-            save(trial.checkpoint, progress.stored())
+            save(trial.checkpoint, {"progress": progress.stored(), "kept": kept.stored()})
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

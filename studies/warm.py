@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from optuna.trial import Trial, TrialState
@@ -19,8 +20,9 @@ def warm_values(
 ) -> dict[str, Any]:
     """Return the values with those of the nearest complete trial that the gradient had tuned.
 
-    Nearest by what the sampler chose (see `studies.spaces.distance`), among equals the better
-    one.  The choice is stored in the trial, so that a resumed study makes no other.
+    Of the better half of those whose outer loss fell: the nearest by what the sampler chose (see
+    `studies.spaces.distance`), among equals the better one.  The choice is stored in the trial, so
+    that a resumed study makes no other.
     """
     known = ledger.get(trial.number).user_attrs
     if "start" not in known:
@@ -35,12 +37,17 @@ def warm_values(
 
 def _nearest(ledger: Ledger, space: Space, trial: Trial) -> int | None:
     sign = ledger.signs[0]
-    candidates = [
-        (distance(space, trial.params, other.params), sign * other.values[0], other.number)
+    tuned = sorted(
+        (sign * other.values[0], other.number)
         for other in ledger.trials()
         if other.state is TrialState.COMPLETE
         and other.user_attrs.get("by", "gradient") == "gradient"
         and other.number < trial.number
+        and ledger.has_start_values(other.number)
+    )
+    candidates = [
+        (distance(space, trial.params, ledger.get(number).params), value, number)
+        for value, number in tuned[: math.ceil(len(tuned) / 2)]
     ]
     return min(candidates)[2] if candidates else None
 

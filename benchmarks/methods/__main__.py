@@ -138,7 +138,7 @@ def tuned(name: str, seeds: Sequence[int], trials: int, steps: int) -> dict[str,
                 )
                 if way == "random":
                     study.enqueue({})
-                study.run(count, Budget(equivalent_steps=each))
+                study.run(count, Budget(equivalent_steps=each), keep="last")
                 losses.append(study.best.metrics["test/loss"])
                 accuracies.append(study.best.metrics["test/accuracy"])
         found[way] = losses

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from bilevel.checkpoint import replacing
 from studies.executors.base import Executor, ExecutorError
 from studies.hosts import check_hosts
 from studies.messages import Assignment, Decision, Lost, Message, Outcome, Paused, Setting
+from studies.ray_connect import answers, check_resources, connect
 from studies.record import Failure
 from studies.worker import Worker
 
@@ -20,6 +22,10 @@ __all__ = ["Cluster"]
 
 FETCH_SECONDS = 2.0
 """Wall time between two looks at the checkpoints of running trials."""
+
+GONE_SECONDS = 20.0
+"""Wall time without an answer after which the cluster is gone.  After a minute Ray would end this
+process; a head that starts again with its memory (Redis) takes a few seconds."""
 
 
 class _Remote:
@@ -90,9 +96,8 @@ class Cluster(Executor):
         resources: of each actor, such as {"CPU": 1, "GPU": 0.5}; by default one CPU.
 
     Raises:
-        ExecutorError: Ray is not installed, the cluster cannot be reached, or no node has the
-            resources.
-        RuntimeError: the cluster has several hosts and no token authentication.
+        ExecutorError: Ray is not installed, the cluster cannot be reached, no node has the
+            resources, or there are several hosts and no token authentication.
     """
 
     def __init__(
@@ -113,11 +118,14 @@ class Cluster(Executor):
         self._nodes: list[_Node] = []
         self._ours = not ray.is_initialized()
         if self._ours:
-            _connect(ray, address, workers)
+            connect(ray, address, workers)
+        self._head = ray.get_runtime_context().gcs_address
+        self._heard = time.monotonic()
+        self._gone = False
         wanted = dict(resources or {"CPU": 1.0})
         try:
             check_hosts()
-            _check_resources(ray, wanted)
+            check_resources(ray, wanted)
             self._options = {
                 "num_cpus": wanted.pop("CPU", 0),
                 "num_gpus": wanted.pop("GPU", 0),
@@ -152,7 +160,11 @@ class Cluster(Executor):
         node.reply = node.actor.answer.remote(decision)
 
     def wait(self, seconds: float | None) -> Message | None:
-        """See `Executor.wait`."""
+        """See `Executor.wait`.
+
+        Raises:
+            ExecutorError: an actor does not start, or nobody answers for the cluster any more.
+        """
         busy = [node for node in self._nodes if node.reply is not None]
         coming = [node for node in self._nodes if not node.ready]
         expected = [*(node.reply for node in busy), *(node.sign for node in coming)]
@@ -161,7 +173,8 @@ class Cluster(Executor):
             return None
         done, _ = self._ray.wait(expected, num_returns=1, timeout=most)
         if not done:
-            self._fetch(busy)
+            if self._is_there():
+                self._fetch(busy)
             return None
         for node in coming:
             if node.sign == done[0]:
@@ -173,6 +186,8 @@ class Cluster(Executor):
         try:
             message, state = self._ray.get(node.reply)
         except self._ray.exceptions.RayActorError as error:
+            if not self._is_there():  # the trial is not to blame
+                return None
             self._replace(node)
             said = str(error).strip().splitlines()[0]
             return Lost(trial.number, Failure("died", f"worker died: {said}"))
@@ -196,11 +211,29 @@ class Cluster(Executor):
 
     def close(self) -> None:
         """See `Executor.close`."""
+        if self._gone:  # Ray would wait for it
+            return
         for node in self._nodes:
             self._ray.kill(node.actor)
         self._nodes = []
         if self._ours:
             self._ray.shutdown()
+
+    def _is_there(self) -> bool:
+        """Whether the cluster answers; looks every `FETCH_SECONDS`."""
+        if time.monotonic() - self._heard < FETCH_SECONDS:
+            return True
+        if answers(self._head):
+            self._heard = time.monotonic()
+            return True
+        if time.monotonic() - self._heard > GONE_SECONDS:
+            self._gone = True
+            raise ExecutorError(
+                f"ray: the cluster {self._head} is gone: no answer for {GONE_SECONDS:g} s; "
+                "the trials have their checkpoints, and the same study again goes on with them."
+            )
+        time.sleep(1.0)
+        return False
 
     def _of(self, number: int) -> _Node:
         return next(n for n in self._nodes if n.trial is not None and n.trial.number == number)
@@ -209,7 +242,8 @@ class Cluster(Executor):
         try:
             node.ready = bool(self._ray.get(node.sign))
         except self._ray.exceptions.RayActorError:  # its node is gone: try another
-            self._replace(node)
+            if self._is_there():
+                self._replace(node)
         except self._ray.exceptions.RayError as error:
             said = str(error).strip().splitlines()[-1]
             raise ExecutorError(f"ray: an actor does not start: {said}") from error
@@ -240,28 +274,3 @@ def _keep(trial: Assignment, state: bytes | None) -> None:
         return
     with replacing(trial.checkpoint) as file:
         file.write(state)
-
-
-def _connect(ray: Any, address: str | None, workers: int) -> None:
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        if address is None:
-            ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        said = str(error).strip().splitlines()[0]
-        where = (
-            "a local cluster does not start"
-            if address is None
-            else f"cluster {address!r} is not reached"
-        )
-        raise ExecutorError(f"ray: {where}: {said}") from error
-
-
-def _check_resources(ray: Any, wanted: dict[str, float]) -> None:
-    """Refuse what no node has: Ray would wait for ever."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(all(node.get(n, 0.0) >= v for n, v in wanted.items()) for node in nodes):
-        most = {n: max((node.get(n, 0.0) for node in nodes), default=0.0) for n in wanted}
-        raise ExecutorError(f"resources: no node has {wanted}; the most a node has is {most}.")

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from studies.executors import server
 from studies.executors.base import Executor
 from studies.messages import Setting
 
@@ -20,6 +21,9 @@ class ExecutorConfig(ABC):
 
     can_kill = True
     """Whether a trial can be ended in the middle of a step."""
+
+    def prepare(self) -> None:  # noqa: B027  (most have nothing to prepare)
+        """Begin in the background with what `open` needs."""
 
     @abstractmethod
     def open(self, setting: Setting, interrupted: Callable[[], bool]) -> Executor:
@@ -41,7 +45,7 @@ class Here(ExecutorConfig):
 
 @dataclass(frozen=True)
 class Processes(ExecutorConfig):
-    """A pool of spawned processes on this host.
+    """A pool of processes on this host.
 
     Attributes:
         workers: number of processes.
@@ -63,6 +67,10 @@ class Processes(ExecutorConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but got {value!r}.")
+
+    def prepare(self) -> None:
+        """See `ExecutorConfig.prepare`."""
+        server.start()
 
     def open(self, setting: Setting, interrupted: Callable[[], bool]) -> Executor:
         """See `ExecutorConfig.open`."""

@@ -1,26 +1,25 @@
-"""Trials in spawned processes of this host that live as long as the study runs."""
+"""Trials in processes of this host that live as long as the study runs."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import multiprocessing
+import fcntl
 import os
 import pickle
 import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import cloudpickle
 import torch
 
+from studies.executors import server
 from studies.executors.base import Executor, ExecutorError
 from studies.messages import Assignment, Decision, Lost, Message, Outcome, Paused, Setting
 from studies.record import Failure
@@ -28,32 +27,32 @@ from studies.record import Failure
 __all__ = ["Pool"]
 
 _READY = "ready"
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class _Limits:
     """What a worker process sets for itself before anything else."""
 
-    parent: int
     threads: int
     memory: int | None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Process:
     """A worker process, its pipe and its trial."""
 
-    def __init__(self, process: SpawnProcess, pipe: Connection, gpu: int | None) -> None:
+    def __init__(self, process: ForkServerProcess, pipe: Connection, gpu: int | None) -> None:
         self.process, self.pipe, self.gpu = process, pipe, gpu
         self.ready = False
         self.number: int | None = None
 
 
 class Pool(Executor):
-    """Persistent spawned processes, each with torch imported once.
+    """Persistent processes, forked from a server that has imported torch once.
 
-    A worker dies with the coordinator, ignores Ctrl-C (the coordinator passes it on), and is
-    replaced when it dies.  A trial whose worker is gone is `Lost`, and can go on elsewhere.
+    A worker has the environment variables of this process as they were when it began.  It dies
+    with the coordinator, ignores Ctrl-C (the coordinator passes it on), and is replaced when it
+    dies.  A trial whose worker is gone is `Lost`, and can go on elsewhere.
 
     Args:
         setting: of the study; pickled once for each worker.
@@ -83,14 +82,15 @@ class Pool(Executor):
                 f"workers: learner or task cannot be sent to other processes ({error}); use "
                 "executor='in_process'."
             ) from error
-        # A file, not an argument: `Process.start` would wait until the child has read it.
+        # A file, not an argument: it is pickled once, and read by each worker.
         self._file = tempfile.NamedTemporaryFile(prefix="bilevel-")  # noqa: SIM115
         self._file.write(payload)
         self._file.flush()
         if threads is None:  # one worker computes as this process would, to the last bit
             threads = min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // workers))
-        self._limits = _Limits(os.getpid(), threads, memory)
-        self._context = multiprocessing.get_context("spawn")
+        self._limits = _Limits(threads, memory)
+        # Nothing is ever written: it closes when this process ends, however that happens.
+        self._ending, self._alive = server.context().Pipe(duplex=False)
         dealt = [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
         self._processes: list[_Process] = []
         try:
@@ -162,21 +162,28 @@ class Pool(Executor):
             worker.pipe.close()
         self._processes = []
         self._file.close()
+        self._ending.close()
+        self._alive.close()
 
     def _of(self, number: int) -> _Process:
         return next(worker for worker in self._processes if worker.number == number)
 
     def _spawn(self, gpu: int | None) -> _Process:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=_serve, args=(theirs, self._file.name, self._limits), daemon=True
-        )
-        variables = {"OMP_NUM_THREADS": str(self._limits.threads)}
+        ours, theirs = server.context().Pipe()
+        variables = {**os.environ, "OMP_NUM_THREADS": str(self._limits.threads)}
         if gpu is not None:
-            variables["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        with _environment(variables):  # read while torch is imported
+            variables["CUDA_VISIBLE_DEVICES"] = str(gpu)  # read when CUDA is first used
+        limits = replace(self._limits, environment=variables)
+        process = server.context().Process(
+            target=_serve, args=(theirs, self._ending, self._file.name, limits), daemon=True
+        )
+        server.start()
+        try:
             process.start()
-        theirs.close()
+        except EOFError as error:
+            raise ExecutorError("workers: the process that starts them has ended.") from error
+        finally:
+            theirs.close()
         return _Process(process, ours, gpu)
 
     def _replace(self, worker: _Process) -> None:
@@ -220,24 +227,12 @@ def _ending(code: int) -> str:
     return f"died (signal {-code})" if code < 0 else f"ended with exit code {code}"
 
 
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _serve(pipe: Connection, path: str, limits: _Limits) -> None:
+def _serve(pipe: Connection, ending: Connection, path: str, limits: _Limits) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with(limits.parent)
+    _die_at_the_end_of(ending)
+    os.environ.clear()
+    os.environ.update(limits.environment)
     from studies.worker import Worker
 
     torch.set_num_threads(limits.threads)
@@ -252,11 +247,17 @@ def _serve(pipe: Connection, path: str, limits: _Limits) -> None:
         pipe.send(worker.start(what) if isinstance(what, Assignment) else worker.answer(what))
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel end this process when its parent ends, however that happens."""
+def _die_at_the_end_of(pipe: Connection) -> None:
+    """Have the kernel end this process when the other end of a pipe is closed.
+
+    A signal, not a thread that watches: a step that never gives the interpreter back ends, too.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
+        fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(pipe, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(pipe, fcntl.F_GETFL)
+        fcntl.fcntl(pipe, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if pipe.poll(0):  # it was closed before the call
         os._exit(1)
 
 

@@ -49,8 +49,9 @@ def test_a_study_goes_on_under_another_executor(tmp_path: Path) -> None:
     whole = study(tmp_path / "b").run(4, 40, scheduler="fifo")
     by_params = {r.number: r for r in whole.trials}
     for record in parts.trials:  # what TPE sees depends on the order, the trial itself does not
-        if record.params == by_params[record.number].params:
-            assert record.value == by_params[record.number].value
+        other = by_params[record.number]
+        if (record.params, record.start) == (other.params, other.start):
+            assert record.value == other.value
 
 
 def test_a_worker_that_dies_once_costs_nothing(
@@ -86,22 +87,6 @@ def test_a_trial_that_takes_too_much_memory_fails(tmp_path: Path) -> None:
     failure = found.trials[0].failure
     assert failure is not None
     assert failure.kind == "out of memory"
-
-
-@pytest.mark.parametrize(
-    ("how", "said"),
-    [
-        ("nan", "not finite: val loss is nan"),
-        ("raise", "exception: RuntimeError: out of luck"),
-        ("text", "exception: TypeError: metric 'loss' must be a number, but got '0.5' (str)."),
-    ],
-)
-@pytest.mark.parametrize("executor", ["in_process", "pool"])
-def test_failures_have_a_reason_and_the_study_goes_on(
-    how: str, said: str, executor: Any, tmp_path: Path
-) -> None:
-    found = behaving(tmp_path, how).run(2, 10, executor=executor)
-    assert [str(r.failure)[: len(said)] for r in found.trials] == [said] * 2
 
 
 def test_a_time_limit_needs_processes(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from adapters import Method, Trainer, registry, tasks
 from bilevel import Choice, Descent, Float, Grad, Int, Space
 from hypergrad import Unrolled
-from studies import Finished, MismatchError, StorageError, Study, TooManyFailuresError
+from studies import Finished, MismatchError, Study
 from tests.signals import interruptible
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def test_both_owners_in_one_study(tmp_path: Path) -> None:
         assert record.hparams["weight_decay"]["shape"] == [16 * 64 + 160]
         assert record.cost.steps == 40
         assert len(record.rungs) == 8  # one for each outer step
-        assert record.rungs[10] == pytest.approx(record.value)
+        assert record.value == min(record.rungs.values())
         assert {"test/loss", "val/accuracy", "g/norm_first", "g/norm_last"} <= set(record.metrics)
     schedule = found.schedule()
     assert schedule is not None
@@ -127,43 +127,14 @@ def test_a_failed_trial_has_its_reason_and_the_study_goes_on(tmp_path: Path) -> 
     assert str(by_how["raise"].failure) == "exception: RuntimeError: out of luck"
 
 
-def test_too_many_failures_stop_the_study(tmp_path: Path) -> None:
-    found = Study("f", Trainer.of(Failing), TASK, tmp_path / "x.db",
-                  space=Failing.space.fix(how="raise"), sampler="random")  # fmt: skip
-    with pytest.raises(TooManyFailuresError, match=r"10 of 10 trials failed.*out of luck"):
-        found.run(30, 5)
-    assert len(found.trials) == 10
-
-
 def test_another_space_or_seed_is_refused_with_a_diff(tmp_path: Path) -> None:
     study(tmp_path).run(1, 10)
     with pytest.raises(MismatchError, match=r"width: .*16.*32"):
         study(tmp_path, space=SMALL.fix(width=32))
     with pytest.raises(MismatchError, match="seed: 5 before, 6 now"):
         study(tmp_path, seed=6)
-    with pytest.raises(MismatchError, match="direction: 'minimize' before, 'maximize' now"):
-        study(tmp_path, direction="maximize")
     with pytest.raises(MismatchError, match="budget"):
         study(tmp_path).run(2, 20)
-
-
-@pytest.mark.parametrize(
-    ("storage", "message"),
-    [
-        ("nosuchdb://x/y", "nosuchdb"),
-        ("/proc/none/x.db", "none"),
-        ("notes.txt", "notes.txt"),
-    ],
-)
-def test_unusable_storage(
-    storage: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("notes.txt").write_text("just some notes, not a database\n" * 50)
-    with pytest.raises(StorageError, match=message) as raised:
-        Study("s", NETWORK, TASK, storage, algorithm=ALGORITHM)
-    assert "\n" not in str(raised.value)
-    assert Path("notes.txt").read_text().startswith("just some notes")
 
 
 @pytest.mark.parametrize(
