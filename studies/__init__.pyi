@@ -15,6 +15,6 @@ from .record import Failure as Failure
 from .record import TrialRecord as TrialRecord
 from .schedulers import Fifo as Fifo
 from .schedulers import Halving as Halving
-from .storage import LockedError as LockedError
+from .locks import LockedError as LockedError
 from .storage import StorageError as StorageError
 from .study import Study as Study

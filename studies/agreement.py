@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
+from sqlalchemy.engine import URL
 
 from bilevel.budget import Budget
 from bilevel.describe import describe, differences
@@ -25,9 +28,13 @@ class MismatchError(ValueError):
     """The stored study has other settings; the message lists what differs."""
 
 
-def settings(study: Study) -> dict[str, Any]:
-    """Return the settings of a study as plain data."""
-    return {
+def settings(study: Study, url: URL) -> dict[str, Any]:
+    """Return the settings of a study as plain data.
+
+    For a SQLite file its folder, too, as seen from there: with another one it would have neither
+    its lock nor its checkpoints.
+    """
+    found = {
         "learner": study.learner.name,
         "task": {
             "name": study.task.name,
@@ -40,6 +47,9 @@ def settings(study: Study) -> dict[str, Any]:
         "constraints": describe(study.constraints),
         "seed": study.seed,
     }
+    if url.get_backend_name() == "sqlite":
+        found["folder"] = os.path.relpath(study.files.root, Path(str(url.database)).parent)
+    return found
 
 
 def agree(
@@ -65,8 +75,8 @@ def agree(
         study.set_user_attr("settings", dict(mine))
         study.set_user_attr("versions", versions())
         return
-    for key in ("learner", "task", "metric", "constraints", "seed", "algorithm"):
-        lines += differences(stored[key], mine[key], key)
+    for key in ("learner", "task", "metric", "constraints", "seed", "algorithm", "folder"):
+        lines += differences(stored.get(key), mine.get(key), key)
     before, now = Space.from_json(stored["space"]), Space.from_json(mine["space"])
     lines += [f"space: {line}" for line in before.differences(now)]
     _refuse(study, storage, lines)

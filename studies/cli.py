@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
+from studies.completion import learner_names, task_names
 from studies.printing import Json, print_result
 from studies.study_commands import study_app
 
@@ -70,7 +71,7 @@ def _exit_code(error: Exception) -> int | None:
     from studies.dashboard import DashboardError
     from studies.executors.base import ExecutorError
     from studies.running import StoppedError
-    from studies.storage import LockedError
+    from studies.locks import LockedError
     from studies.stored import NoResultError
 
     codes: list[tuple[type[Exception], int]] = [
@@ -115,8 +116,13 @@ def options(
 
 @app.command()
 def tune(
-    task: Annotated[str, typer.Argument(help="Name of a task; see `bilevel list`.")],
-    learner: Annotated[str, typer.Option(help="Name of a learner.")] = "network",
+    task: Annotated[
+        str,
+        typer.Argument(help="Name of a task; see `bilevel list`.", autocompletion=task_names),
+    ],
+    learner: Annotated[
+        str, typer.Option(help="Name of a learner.", autocompletion=learner_names)
+    ] = "network",
     noise: Annotated[
         Optional[float],  # noqa: UP045  (typer reads the annotation at run time)
         typer.Option(help="Share of wrong training labels; default 0.3 where a task has it."),

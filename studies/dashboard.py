@@ -16,7 +16,10 @@ import optuna
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.trial import FrozenTrial
 
+from studies.charts import Curves
 from studies.guard import Guard
+from studies.interactive import interactive
+from studies.objectives import front_of
 from studies.overlay import Overlay
 from studies.plots import figures
 from studies.record import TrialRecord
@@ -108,8 +111,10 @@ def draw(study: StoredStudy, layer: dict[tuple[int, str], Any]) -> None:
     kept = Overlay(study.database, fresh, keep=True)
     view = optuna.load_study(study_name=study.name, storage=kept)
     stored = study.database.get_study_system_attrs(view._study_id)
-    for name, figure in figures(study).items():
-        figure.update_layout(height=CARD_HEIGHT)
+    for name, chart in figures(study).items():
+        figure = interactive(chart).update_layout(height=CARD_HEIGHT)
+        if isinstance(chart, Curves) and chart.rows > 1:
+            figure.update_layout(showlegend=False)  # it would take the room of a column of planes
         save_plotly_graph_object(view, figure, graph_object_id=name)
     if "dashboard:note_ver" not in stored:
         save_note(view, study_note(study))
@@ -122,9 +127,10 @@ def draw(study: StoredStudy, layer: dict[tuple[int, str], Any]) -> None:
 
 def study_note(study: StoredStudy) -> str:
     """Return what a study is, and who owns what, as Markdown."""
+    front = front_of(study.optuna)
+    found = summary(study.name, study.trials, best_of(study.optuna), front)
     lines = [
-        f"**{study.learner_name}** on **{study.task_name}**: "
-        f"{done_line(summary(study.name, study.trials, best_of(study.optuna)))}",
+        f"**{study.learner_name}** on **{study.task_name}**: {done_line(found)}",
         "",
         "| hyperparameter | owner | range |",
         "| --- | --- | --- |",

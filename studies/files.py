@@ -34,8 +34,12 @@ class Files:
     """
 
     def __init__(self, folder: Path, study: str) -> None:
+        self.root = folder
         self.artifacts = folder / "artifacts"
-        self.study = folder / quote(study, safe=" ")
+        own = quote(study, safe=" ")
+        if own in (".", "..", "artifacts"):  # folders that are there already, not this study's
+            own = "".join(f"%{byte:02X}" for byte in study.encode())
+        self.study = folder / own
         self._trials = self.study / "trials"
         self._hparams = self.study / "hparams"
 
@@ -89,7 +93,13 @@ class Files:
         return {meta.filename: meta.artifact_id for meta in metas}
 
     def read(self, artifact_id: str) -> str | None:
-        """Return the text of an artifact; None where its file is lost."""
+        """Return the text of an artifact; None where its file is lost.
+
+        Raises:
+            ValueError: the id leads out of the folder.
+        """
+        if Path(artifact_id).name != artifact_id:
+            raise ValueError(f"artifact id must be a file name, but got {artifact_id!r}.")
         if not (self.artifacts / artifact_id).exists():
             return None
         with FileSystemArtifactStore(self.artifacts).open_reader(artifact_id) as reader:

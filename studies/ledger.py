@@ -22,6 +22,7 @@ from bilevel.metrics import Cost
 from bilevel.space import Space
 from studies.files import Files
 from studies.messages import Outcome, Reached
+from studies.reading import all_trials
 from studies.record import TrialRecord
 from studies.sampling import SeededSampler
 
@@ -43,7 +44,7 @@ def signs(study: optuna.Study) -> tuple[int, ...]:
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """Return the feasible complete trial with the best (first) value, among equals the first."""
-    return _best(study.get_trials(deepcopy=False), signs(study)[0])
+    return _best(all_trials(study), signs(study)[0])
 
 
 def _best(trials: Iterable[FrozenTrial], sign: int) -> FrozenTrial | None:
@@ -87,7 +88,7 @@ class Ledger:
         self._exhausted = bool(study.user_attrs.get("exhausted"))
         self._prunes = len(self.signs) == 1 and not isinstance(study.pruner, NopPruner)
         # Nobody else writes, so what is stored is read once; only unfinished trials change.
-        known = study.get_trials(deepcopy=False)
+        known = all_trials(study)
         self._left = {t.number for t in known if t.state is TrialState.RUNNING}
         self._mirror = {t.number: t if t.state.is_finished() else _own(t) for t in known}
 

@@ -89,6 +89,7 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
     """
     import optuna
 
+    from studies.objectives import front_of
     from studies.record import TrialRecord
     from studies.storage import open_storage, parse_storage
     from studies.stored import best_of
@@ -108,6 +109,7 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
                 "equivalent_steps": sum(r.cost.equivalent_steps for r in records),
                 "best_trial": None if best is None else best.number,
                 "best_value": None if best is None else best.value,
+                "front": [record.number for record in front_of(study)],
                 "metrics": {} if best is None else dict(best.metrics),
                 "hparams": {} if best is None else dict(best.hparams or best.params),
             }
@@ -117,8 +119,8 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
 
 def show_table(studies: list[dict[str, Any]]) -> Table:
     """One row for each study."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("study")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("study", overflow="fold")
     for heading in ("complete", "cost", "best", "value", "test loss"):
         table.add_column(heading, justify="right", no_wrap=True)
     for study in studies:
@@ -128,7 +130,7 @@ def show_table(studies: list[dict[str, Any]]) -> Table:
             study["study"],
             f"{study['complete']}/{study['trials']}{failed}",
             str(study["equivalent_steps"]),
-            "-" if best is None else str(best),
+            ", ".join(map(str, study["front"])) or ("-" if best is None else str(best)),
             number(study["best_value"]),
             number(study["metrics"].get("test/loss")),
         )

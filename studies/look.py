@@ -13,9 +13,10 @@ from rich.text import Text
 
 from bilevel.describe import differences
 from bilevel.schedule import Schedule
+from studies.objectives import front_of, leading, objectives, value_texts
 from studies.record import TrialRecord
 from studies.stored import StoredStudy, best_of
-from studies.summary import as_json, moves
+from studies.summary import as_json, describe_values, moves
 from studies.tables import number as digits
 from studies.tables import value_text
 
@@ -102,14 +103,20 @@ def trial_view(study: StoredStudy, number: int) -> RenderableType:
     head = Table(show_header=False, box=None, pad_edge=False)
     head.add_column(style="bold")
     head.add_column()
-    value = "" if record.value is None else f", value {record.value:.6g}"
-    head.add_row("trial", f"{record.number} of {study.name}: {record.state}{value}")
+    lead = {other.number for other in leading(study)}
+    names = objectives(study.optuna)
+    mark = ("best" if len(names) == 1 else "front") if record.number in lead else ""
+    words = [record.state, *([mark] if mark else []), *value_texts(names, record.values)]
+    head.add_row("trial", f"{record.number} of {study.name}: {', '.join(words)}")
+    if not record.feasible:
+        over = {name: excess for name, excess in record.constraints.items() if excess > 0}
+        head.add_row("violates", Text(describe_values(over) + " above the limit"))
     if record.failure is not None:
         head.add_row("failure", Text(str(record.failure)))
     if record.status:
         head.add_row("ended", record.status)
     if record.rungs:
-        at = "  ".join(f"{rung}: {value:.4f}" for rung, value in sorted(record.rungs.items()))
+        at = "  ".join(f"{rung}={value:.4f}" for rung, value in sorted(record.rungs.items()))
         head.add_row("rungs", at)
     cost = record.cost
     head.add_row(
@@ -119,9 +126,9 @@ def trial_view(study: StoredStudy, number: int) -> RenderableType:
     )
     if record.seed is not None:
         head.add_row("seed", str(record.seed))
-    metrics = "  ".join(f"{name} {value:.4g}" for name, value in sorted(record.metrics.items()))
+    metrics = {n: v for n, v in sorted(record.metrics.items()) if not n.startswith("cost/")}
     if metrics:
-        head.add_row("metrics", metrics)
+        head.add_row("metrics", Text("  ".join(f"{n}={v:.4g}" for n, v in metrics.items())))
     if files := sorted(study.artifacts(number)):
         head.add_row("artifacts", ", ".join(files))
     parts.append(head)
@@ -135,7 +142,7 @@ def _values_table(study: StoredStudy, record: TrialRecord) -> Table:
     """Each hyperparameter, who owns it, and where it ended."""
     schedule = study.schedule(record.number)
     moved = {} if schedule is None or record.failure else moves(schedule, record.hparams)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("hyperparameter", "owner", "value"):
         table.add_column(heading)
     for name, value in (record.hparams or record.params).items():
@@ -149,7 +156,6 @@ def compared(studies: Sequence[StoredStudy], targets: Sequence[str]) -> dict[str
     rows, lines = [], []
     for target, study in zip(targets, studies, strict=True):
         records = study.trials
-        complete = [r for r in records if r.state == "complete"]
         best = best_of(study.optuna)
         rows.append(
             {
@@ -157,11 +163,14 @@ def compared(studies: Sequence[StoredStudy], targets: Sequence[str]) -> dict[str
                 "study": study.name,
                 "learner": study.learner_name,
                 "task": study.task_name,
+                "objectives": list(objectives(study.optuna)),
+                "directions": [d.name.lower() for d in study.optuna.directions],
                 "trials": len(records),
-                "complete": len(complete),
+                "complete": sum(r.state == "complete" for r in records),
                 "equivalent_steps": sum(r.cost.equivalent_steps for r in records),
                 "seconds": sum(r.cost.seconds for r in records),
                 "best": None if best is None else as_json(best),
+                "front": [as_json(record) for record in front_of(study.optuna)],
             }
         )
         if study is not studies[0]:
@@ -184,27 +193,67 @@ def _settings_differences(first: StoredStudy, other: StoredStudy) -> Iterator[st
 
 
 def compared_view(found: Mapping[str, Any]) -> list[RenderableType]:
-    """The same for a screen."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    """The same for a screen.
+
+    A row for each study, of several objectives one for each trial of the front; the best value is
+    bold where all studies have the same objective and direction.
+    """
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in ("study", "learner", "task"):
-        table.add_column(heading)
-    for heading in ("complete", "cost", "seconds", "best", "value", "test loss"):
+        table.add_column(heading, overflow="fold")
+    studies = found["studies"]
+    goals = list(dict.fromkeys(tuple(row["objectives"]) for row in studies))
+    values = list(goals[0]) if len(goals) == 1 else ["value"]
+    for heading in ("complete", "cost", "seconds", "best", *values, "test loss"):
         table.add_column(heading, justify="right", no_wrap=True)
-    values = [row["best"]["value"] for row in found["studies"] if row["best"]]
-    for row in found["studies"]:
-        best = row["best"]
-        value = digits(best["value"]) if best else "-"
-        table.add_row(
-            row["target"],
-            row["learner"],
-            row["task"],
-            f"{row['complete']}/{row['trials']}",
-            str(row["equivalent_steps"]),
-            f"{row['seconds']:.1f}",
-            str(best["number"]) if best else "-",
-            f"[bold]{value}[/]" if best and best["value"] == min(values) else value,
-            digits(best["metrics"].get("test/loss")) if best else "-",
-        )
+    winner = _winner(studies)
+    for row in studies:
+        shown = row["front"] or [row["best"]]
+        for place, trial in enumerate(shown):
+            first = [
+                row["target"],
+                row["learner"],
+                row["task"],
+                f"{row['complete']}/{row['trials']}",
+                str(row["equivalent_steps"]),
+                f"{row['seconds']:.1f}",
+            ]
+            cells = first if place == 0 else [""] * len(first)
+            table.add_row(*cells, *_trial_cells(trial, row, len(values), winner))
+    notes = [f"{row['target']}: {', '.join(_goals(row))}" for row in studies]
+    if len({tuple(_goals(row)) for row in studies}) == 1:
+        notes = [", ".join(_goals(studies[0]))]
+    table.caption = "\n".join(notes)
+    table.caption_justify = "left"
     if not found["differences"]:
         return [table, "no settings differ"]
     return [table, "settings that differ:\n  " + "\n  ".join(found["differences"])]
+
+
+def _goals(row: Mapping[str, Any]) -> list[str]:
+    """``val loss is minimized`` for each objective."""
+    pairs = zip(row["objectives"], row["directions"], strict=True)
+    return [f"{name} is {direction}d" for name, direction in pairs]
+
+
+def _winner(studies: Sequence[Mapping[str, Any]]) -> float | None:
+    """The best value of all studies; None where they are after different things."""
+    if len({tuple(_goals(row)) for row in studies}) > 1:
+        return None
+    values = [float(row["best"]["value"]) for row in studies if row["best"]]
+    best = max if studies[0]["directions"] == ["maximize"] else min
+    return best(values, default=None)
+
+
+def _trial_cells(
+    trial: Mapping[str, Any] | None, row: Mapping[str, Any], width: int, winner: float | None
+) -> list[str]:
+    """Number, values and test loss of a study's best trial, or of one of its front."""
+    if trial is None:
+        return ["-"] * (width + 2)
+    values = [digits(value) for value in trial["values"]]
+    if width != len(values):  # objectives of several kinds: one column for all of them
+        values = [" / ".join(values)]
+    if not row["front"] and trial["value"] == winner:
+        values = [f"[bold]{value}[/]" for value in values]
+    return [str(trial["number"]), *values, digits(trial["metrics"].get("test/loss"))]

@@ -145,18 +145,21 @@ def budget_of_text(text: str) -> Budget | int:
     Raises:
         PlanError: another form, or a limit out of its range.
     """
+    parts = [part.partition("=") for part in text.split(",")]
+    names = [name.strip() for name, _, _ in parts]
+    limits: dict[str, Any] = {}
     try:
         if "=" not in text:
             return int(text)
-        limits: dict[str, Any] = {}
-        for part in text.split(","):
-            name, _, number = part.partition("=")
-            limits[name.strip()] = float(number) if name.strip() == "seconds" else int(number)
+        for name, (_, _, number) in zip(names, parts, strict=True):
+            limits[name] = float(number) if name == "seconds" else int(number)
     except ValueError as error:
         raise PlanError(
             f"budget must be a number of steps, or such as equivalent_steps=3000,seconds=60, "
             f"but got {text!r}."
         ) from error
+    if len(limits) < len(names):
+        raise PlanError(f"budget: each limit must be given once, but got {text!r}.")
     return _budget(limits)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bilevel.metrics import Cost, RunStatus
 from studies.messages import Assignment, Outcome, Setting
-from studies.record import Failure, TrialRecord, as_numbers
+from studies.record import Failure, TrialRecord, as_metrics, as_numbers
 
 __all__ = ["Progress"]
 
@@ -106,7 +106,7 @@ class Progress(ABC):
     def validated(self) -> dict[str, float]:
         """Return the metrics of the validation split, measured once between two steps."""
         if self._val is None or self._val[0] != self.cost:
-            self._val = self.cost, self.measure("val") or {}
+            self._val = self.cost, as_metrics(self.measure("val") or {})
         return self._val[1]
 
     def outcome(self, *, evaluate_test: bool) -> Outcome:
@@ -117,7 +117,7 @@ class Progress(ABC):
             record = TrialRecord(number, "failed", cost=self.cost, failure=failure)
             return Outcome(record, self.files())
         val = self.validated()
-        test = (self.measure("test") or {}) if evaluate_test else {}
+        test = as_metrics(self.measure("test") or {}) if evaluate_test else {}
         named = {
             f"{split}/{name}": value
             for split, found in (("val", val), ("test", test))
@@ -153,11 +153,6 @@ def _named(metrics: Mapping[str, float], names: tuple[str, ...], where: str) -> 
             raise FloatingPointError(f"val loss is nan {where}")
         if name not in metrics:
             raise ValueError(f"metric must be one of {sorted(metrics)}, but got {name!r}.")
-        if isinstance(metrics[name], bool) or not isinstance(metrics[name], int | float):
-            kind = type(metrics[name]).__name__
-            raise TypeError(
-                f"metric {name!r} must be a number, but got {metrics[name]!r} ({kind})."
-            )
         if not math.isfinite(metrics[name]):
             raise FloatingPointError(f"val {name} is {metrics[name]} {where}")
     return tuple(float(metrics[name]) for name in names)

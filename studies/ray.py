@@ -83,7 +83,7 @@ def tuner(
 
     Raises:
         ValueError: a number out of its range.
-        RuntimeError: Ray runs on several hosts without token authentication.
+        ExecutorError: Ray runs on several hosts without token authentication.
     """
     import ray
     from ray import tune

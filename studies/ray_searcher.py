@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, InMemoryStorage
-from optuna.trial import FixedTrial, FrozenTrial, Trial, TrialState
+from optuna.storages import BaseStorage
+from optuna.trial import FixedTrial, TrialState
 from ray._private.dict import unflatten_dict
 from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import FIFOScheduler
@@ -20,31 +19,16 @@ from ray.tune.search import Searcher
 
 from bilevel.space import Space
 from studies.ray_endings import Endings
-from studies.ray_study import (
-    TRIAL_ID,
-    SpaceLike,
-    add_point,
-    aims,
-    draw,
-    fail,
-    finite,
-    known_to_tune,
-    open_study,
-    orphans,
-    prune,
-    tell,
-)
+from studies.ray_study import TRIAL_ID, SpaceLike, add_point, draw
+from studies.ray_sweep import Sweep
+from studies.ray_tell import fail, finite, prune, tell
 from studies.ray_trainable import NUMBER
 from studies.sampling import make_sampler
-from studies.storage import open_storage, parse_storage
-from studies.trials_json import trial_from_json, trial_to_json
 
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
 __all__ = ["StudySearcher"]
-
-STRICT = "TUNE_DISABLE_STRICT_METRIC_CHECKING"
 
 
 class StudySearcher(Searcher):
@@ -96,37 +80,33 @@ class StudySearcher(Searcher):
         number_trials: bool = False,
     ) -> None:
         super().__init__()
-        self._space = space
-        self._metrics: tuple[str, ...] = ()
-        self._modes: tuple[str, ...] = ()
-        self._name = study_name or f"ray-{uuid.uuid4().hex[:12]}"
-        self._storage = storage if storage is None or isinstance(storage, BaseStorage) else None
-        self._url = None if storage is None or self._storage else parse_storage(storage)  # type: ignore[arg-type]
-        self._sampler = make_sampler(sampler, seed)
-        self._points, self._rewards = list(points_to_evaluate), evaluated_rewards
-        self._endings = Endings(scheduler)
-        self._number_trials = number_trials
-        self._numbers: dict[str, int] = {}
-        self._orphans: list[int] = []
-        self._study: optuna.Study | None = None
-        if evaluated_rewards is not None and len(evaluated_rewards) != len(self._points):
+        if evaluated_rewards is not None and len(evaluated_rewards) != len(points_to_evaluate):
             raise ValueError(
-                f"evaluated_rewards: {len(self._points)} points, but got "
+                f"evaluated_rewards: {len(points_to_evaluate)} points, but got "
                 f"{len(evaluated_rewards)} rewards."
             )
+        self._sweep = Sweep(
+            study_name,
+            storage,
+            make_sampler(sampler, seed),
+            space,
+            points_to_evaluate,
+            evaluated_rewards,
+        )
+        self._endings = Endings(scheduler)
+        self._number_trials = number_trials
         if metric is not None or mode is not None:
             self._aim(metric, mode)
 
     # What is optimized.
 
     def _aim(self, metric: Any, mode: Any) -> None:
-        metrics, modes = aims(metric, mode)
-        if self._metrics and (metrics, modes) != (self._metrics, self._modes):
-            raise ValueError(
-                f"metric: the searcher has {self._metrics} {self._modes}, but TuneConfig has "
-                f"{metrics} {modes}."
-            )
-        self._metrics, self._modes = metrics, modes
+        self._sweep.aim(metric, mode)
+        self._tell_tune()
+
+    def _tell_tune(self) -> None:
+        """Set what `Searcher` reads: texts of a single objective, lists of several."""
+        metrics, modes = self._sweep.metrics, self._sweep.modes
         several = len(metrics) > 1
         self._metric: Any = list(metrics) if several else metrics[0]
         self._mode: Any = list(modes) if several else modes[0]
@@ -141,11 +121,11 @@ class StudySearcher(Searcher):
         from ray.tune.search.variant_generator import parse_spec_vars
 
         _, domains, grid = parse_spec_vars(config)
-        if self._space is None:
+        if self._sweep.space is None:
             from ray.tune.search.optuna import OptunaSearch
 
-            self._space = OptunaSearch.convert_search_space(config)
-            return bool(self._space)
+            self._sweep.space = OptunaSearch.convert_search_space(config)
+            return bool(self._sweep.space)
         return not domains and not grid  # domains in two places are refused by Tune
 
     def prepare(self, scheduler: TrialScheduler | None, *, number_trials: bool) -> None:
@@ -156,17 +136,17 @@ class StudySearcher(Searcher):
     @property
     def name(self) -> str:
         """Of the study."""
-        return self._name
+        return self._sweep.name
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """What is optimized; empty until that is known."""
-        return self._metrics
+        return self._sweep.metrics
 
     @property
     def modes(self) -> tuple[str, ...]:
         """ "min" or "max" for each metric."""
-        return self._modes
+        return self._sweep.modes
 
     @property
     def study(self) -> optuna.Study:
@@ -176,49 +156,21 @@ class StudySearcher(Searcher):
             RuntimeError: metric, mode or space are not known.
             MismatchError: see the class.
         """
-        if self._study is None:
-            self._study = self._open()
-        return self._study
-
-    def _open(self) -> optuna.Study:
-        if not self._metrics or self._space is None:
-            raise RuntimeError(
-                "StudySearcher needs a space, a metric and a mode: give them to it, or use "
-                "studies.ray.tuner; Tune passes on those of TuneConfig only with a param_space."
-            )
-        # Tune would end the whole sweep where one trial forgets to report the metric.
-        os.environ.setdefault(STRICT, "1")
-        if self._storage is None:
-            self._storage = InMemoryStorage() if self._url is None else open_storage(self._url)
-        return open_study(
-            self._name,
-            self._storage,
-            self._sampler,
-            self._space,
-            (self._metrics, self._modes),
-            self._points,
-            self._rewards,
-        )
+        return self._sweep.study
 
     # Asking.
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
         """See `Searcher.suggest`; after a restore, trials that Tune forgot come first."""
-        study = self.study
-        assert self._space is not None  # or there is no study
-        known = self._number(trial_id)
-        if known is None and self._orphans:
-            known = self._orphans.pop(0)
-        # A trial that a killed process asked keeps its draws; the rest of them are made again.
-        trial = study.ask() if known is None else self._trial(known)
-        self._numbers[trial_id] = trial.number
-        if not self._frozen(trial.number).state.is_finished():
+        trial, space = self._sweep.ask(trial_id), self._sweep.space
+        assert space is not None  # or there is no study
+        if not self._sweep.frozen(trial.number).state.is_finished():
             trial.set_user_attr(TRIAL_ID, trial_id)
-            returned = draw(self._space, trial)
+            returned = draw(space, trial)
         else:
-            returned = draw(self._space, FixedTrial(trial.params))
+            returned = draw(space, FixedTrial(trial.params))
         config = {**trial.params, **returned}
-        if not isinstance(self._space, Space):
+        if not isinstance(space, Space):
             config = unflatten_dict(config)
         if self._number_trials:
             config[NUMBER] = trial.number
@@ -229,30 +181,30 @@ class StudySearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """See `Searcher.on_trial_result`: an intermediate value of a single objective."""
         self._endings.saw(trial_id, result)
-        number = self._number(trial_id)
-        if number is None or len(self._metrics) > 1:
+        number = self._sweep.number(trial_id)
+        if number is None or len(self.metrics) > 1:
             return
-        frozen, value = self._frozen(number), finite(result.get(self._metrics[0]))
+        frozen, value = self._sweep.frozen(number), finite(result.get(self.metrics[0]))
         step = int(result.get(TRAINING_ITERATION, 0))
         open_ = not frozen.state.is_finished() and step not in frozen.intermediate_values
         if open_ and value is not None:
-            self._trial(number).report(value, step)
+            self._sweep.trial(number).report(value, step)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
         """See `Searcher.on_trial_complete`; told again, it does nothing."""
-        number = self._number(trial_id)
-        if number is None or self._frozen(number).state.is_finished():
+        number = self._sweep.number(trial_id)
+        if number is None or self._sweep.frozen(number).state.is_finished():
             return
-        trial = self._trial(number)
+        trial = self._sweep.trial(number)
         if error:
             fail(self.study, trial, "exception", "the trial raised; see error.txt in its folder")
             return
         if result is None:
             prune(self.study, trial, "removed by the scheduler while it was paused or pending")
             return
-        tell(self.study, trial, self._metrics, result, self._endings.of(trial_id, result))
+        tell(self.study, trial, self.metrics, result, self._endings.of(trial_id, result))
 
     def add_evaluated_point(
         self,
@@ -267,44 +219,16 @@ class StudySearcher(Searcher):
         Raises:
             ValueError: a point outside the space, or not as many values as metrics.
         """
-        study = self.study
-        assert self._space is not None  # or there is no study
+        study, space = self.study, self._sweep.space
+        assert space is not None  # or there is no study
         state = TrialState.FAIL if error else TrialState.PRUNED if pruned else TrialState.COMPLETE
-        add_point(
-            study, self._space, self._metrics, parameters, value, state, intermediate_values or ()
-        )
-
-    # Trials.
-
-    def _number(self, trial_id: str) -> int | None:
-        """Number of the trial of an id; the database knows those that a snapshot does not."""
-        if trial_id not in self._numbers:
-            for frozen in self.study.get_trials(deepcopy=False):
-                if TRIAL_ID in frozen.user_attrs:
-                    self._numbers.setdefault(frozen.user_attrs[TRIAL_ID], frozen.number)
-        return self._numbers.get(trial_id)
-
-    def _frozen(self, number: int) -> FrozenTrial:
-        return self.study.get_trials(deepcopy=False)[number]
-
-    def _trial(self, number: int) -> Trial:
-        return Trial(self.study, self._frozen(number)._trial_id)
+        add_point(study, space, self.metrics, parameters, value, state, intermediate_values or ())
 
     # Storing.
 
     def save(self, checkpoint_path: str) -> None:
         """Write the state as JSON; a study in memory is in it, one in a database stays there."""
-        trials = None
-        if self._study is not None and isinstance(self._storage, InMemoryStorage):
-            trials = [trial_to_json(t) for t in self._study.get_trials(deepcopy=False)]
-        state = {
-            "study": self._name,
-            "metrics": self._metrics,
-            "modes": self._modes,
-            "numbers": self._numbers,
-            "endings": self._endings.state_dict(),
-            "trials": trials,
-        }
+        state = {**self._sweep.state(), "endings": self._endings.state_dict()}
         Path(checkpoint_path).write_text(json.dumps(state), encoding="utf-8")
 
     def restore(self, checkpoint_path: str) -> None:
@@ -314,35 +238,12 @@ class StudySearcher(Searcher):
             ValueError: the study of another searcher.
         """
         state = json.loads(Path(checkpoint_path).read_text(encoding="utf-8"))
-        self._name, self._study = state["study"], None
-        self._metrics = self._modes = ()
-        if state["metrics"]:
-            self._aim(state["metrics"], state["modes"])
+        self._sweep.load(state)
         self._endings.load_state_dict(state["endings"])
-        if state["trials"] is not None:
-            self._storage = InMemoryStorage()
-            points, self._points = self._points, []
-            rewards, self._rewards = self._rewards, None
-            for trial in state["trials"]:
-                self.study.add_trial(trial_from_json(trial))
-            self._points, self._rewards = points, rewards
-        self._numbers = dict(state["numbers"])
-        if self._metrics and self._space is not None:
-            self._orphans = orphans(self.study, set(self._numbers))
+        if self.metrics:
+            self._tell_tune()
 
     def restore_from_dir(self, checkpoint_dir: str) -> None:
         """See `Searcher.restore_from_dir`; also looks up which trials Tune knows."""
         super().restore_from_dir(checkpoint_dir)
-        known = known_to_tune(Path(checkpoint_dir))
-        if known is not None and self._metrics and self._space is not None:
-            self._orphans = orphans(self.study, known | set(self._numbers))
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_study"] = None
-        if self._url is not None:
-            state["_storage"] = None
-            state["_url"] = self._url.set(password=None) if self._url.password else self._url
-        elif isinstance(self._storage, InMemoryStorage):
-            state["_storage"] = None  # `save` writes its trials
-        return state
+        self._sweep.load_snapshot(Path(checkpoint_dir))

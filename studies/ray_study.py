@@ -1,9 +1,7 @@
-"""What a sweep of Ray Tune does to an Optuna study: open, draw, tell, and find what was lost."""
+"""The Optuna study of a sweep of Ray Tune: open it, draw from it, find what was lost."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +12,10 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
-from optuna.trial import FixedTrial, Trial, TrialState, create_trial
-from ray.air.constants import TRAINING_ITERATION
+from optuna.trial import FixedTrial, TrialState, create_trial
 
 from bilevel.space import Space
 from studies.agreement import MismatchError
-from studies.ray_endings import Ending
-from studies.ray_trainable import FAILURE
 
 __all__ = [
     "TRIAL_ID",
@@ -28,13 +23,9 @@ __all__ = [
     "add_point",
     "aims",
     "draw",
-    "fail",
-    "finite",
     "known_to_tune",
     "open_study",
     "orphans",
-    "prune",
-    "tell",
 ]
 
 _DIRECTIONS: Mapping[str, Literal["minimize", "maximize"]] = {"min": "minimize", "max": "maximize"}
@@ -174,67 +165,6 @@ def add_point(
     )
 
 
-def tell(
-    study: optuna.Study,
-    trial: Trial,
-    metrics: Sequence[str],
-    result: Mapping[str, Any],
-    ending: tuple[Ending, str],
-) -> None:
-    """Tell what became of a trial, from its last report and how it ended."""
-    note(trial, result)
-    if f"{FAILURE}/kind" in result:
-        fail(study, trial, result[f"{FAILURE}/kind"], result[f"{FAILURE}/message"])
-        return
-    values = []
-    for name in metrics:
-        if name not in result:
-            fail(study, trial, "exception", f"the last report has no metric {name!r}")
-            return
-        value = finite(result[name])
-        if value is None:
-            fail(study, trial, "not finite", f"{name} is {result[name]!r}")
-            return
-        values.append(value)
-    how, reason = ending
-    if how is Ending.STOPPED:
-        if len(values) == 1:
-            step = int(result.get(TRAINING_ITERATION, 0))
-            if step not in study.get_trials(deepcopy=False)[trial.number].intermediate_values:
-                trial.report(values[0], step)
-        prune(study, trial, reason)
-        return
-    study.tell(trial, values)
-
-
-def note(trial: Trial, result: Mapping[str, Any]) -> None:
-    """Store the constraints and attributes that a trial reported."""
-    for name, value in result.items():
-        if name.startswith("constraint/"):
-            label, excess = name.removeprefix("constraint/"), finite(value)
-            if label not in trial.constraints:
-                trial.set_constraint(label, math.inf if excess is None else excess)
-        elif name.startswith("attr/"):
-            label = name.removeprefix("attr/")
-            try:
-                json.dumps(value := getattr(value, "item", lambda v=value: v)())
-            except TypeError as error:
-                value = f"not stored: {error}"
-            trial.set_user_attr(label, value)
-
-
-def fail(study: optuna.Study, trial: Trial, kind: str, message: str) -> None:
-    """Tell that a trial failed, and why."""
-    trial.set_user_attr("failure", {"kind": kind, "message": message})
-    study.tell(trial, state=TrialState.FAIL)
-
-
-def prune(study: optuna.Study, trial: Trial, reason: str) -> None:
-    """Tell that a trial was stopped before its end, and by whom."""
-    trial.set_user_attr("status", reason)
-    study.tell(trial, state=TrialState.PRUNED)
-
-
 def orphans(study: optuna.Study, known: set[str]) -> list[int]:
     """Trials that were asked after Tune's last snapshot: it will ask for them again."""
     return [
@@ -253,12 +183,3 @@ def known_to_tune(folder: Path) -> set[str] | None:
         return None
     text = states[-1].read_text(encoding="utf-8")
     return set(re.findall(r'trial_id\\*": \\*"(\w+)', text))
-
-
-def finite(value: Any) -> float | None:
-    """A finite number, or None."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None

@@ -12,6 +12,7 @@ from bilevel.schedule import Schedule
 from bilevel.space import Space
 from studies.files import Files
 from studies.messages import SCHEDULE
+from studies.reading import all_trials
 from studies.record import TrialRecord
 
 __all__ = ["Readable"]
@@ -48,7 +49,7 @@ class Readable(ABC):
     @property
     def trials(self) -> list[TrialRecord]:
         """All trials in order."""
-        return [TrialRecord.of(trial) for trial in self.optuna.get_trials(deepcopy=False)]
+        return [TrialRecord.of(trial) for trial in all_trials(self.optuna)]
 
     @property
     def front(self) -> list[TrialRecord]:
@@ -62,7 +63,7 @@ class Readable(ABC):
         Raises:
             ValueError: there is no such trial.
         """
-        trials = self.optuna.get_trials(deepcopy=False)
+        trials = all_trials(self.optuna)
         if not 0 <= number < len(trials):
             have = f"trials 0 to {len(trials) - 1}" if trials else "no trials yet"
             raise ValueError(f"study {self.name!r} has {have}, but not trial {number}.")

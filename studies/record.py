@@ -10,9 +10,10 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
+from bilevel.domains.base import as_scalar
 from bilevel.metrics import Cost
 
-__all__ = ["Failure", "TrialRecord", "as_numbers"]
+__all__ = ["Failure", "TrialRecord", "as_metrics", "as_numbers"]
 
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 
@@ -145,6 +146,22 @@ class TrialRecord:
 def as_numbers(hparams: Mapping[str, Any]) -> dict[str, Any]:
     """Return hyperparameters as what JSON can hold, large tensors as quantiles."""
     return {name: _as_number(value) for name, value in hparams.items()}
+
+
+def as_metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """Return metrics as plain numbers; a scalar of torch or NumPy becomes one.
+
+    Raises:
+        TypeError: one is no number; names it.
+    """
+    return {name: _metric(name, as_scalar(value)) for name, value in found.items()}
+
+
+def _metric(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        kind = type(value).__name__
+        raise TypeError(f"metric {name!r} must be a number, but got {value!r} ({kind}).")
+    return value
 
 
 def _as_number(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from sqlalchemy.engine import URL
 
 from bilevel.checkpoint import check_writable, replacing
 from studies.events import Event
@@ -24,7 +26,14 @@ from studies.plan_file import (
     run_arguments,
 )
 from studies.screen import progress
-from studies.storage import StorageError, check_folder, masked, open_storage, parse_storage
+from studies.storage import (
+    StorageError,
+    check_folder,
+    disconnect,
+    masked,
+    open_storage,
+    parse_storage,
+)
 from studies.stored import DATABASE, SPEC, NoResultError, StoredStudy, best_of, read_spec
 from studies.study import Study
 from studies.summary import done_line, summary
@@ -58,22 +67,28 @@ def run_study(
 
     Raises:
         PlanError: no plan can be made of the source.
+        StorageError: the folder or the storage cannot be used, or holds another study.
         NoResultError: no trial is complete at the end.
         StoppedError: after Ctrl-C.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     spec: dict[str, Any] = {"format": 1, "plan": _source(source), "overrides": dict(overrides)}
     plan = _plan(spec)
-    if (out / SPEC).exists():
-        before = read_spec(out)
-        if before["study"] != plan.name:
-            raise StorageError(
-                f"{str(out)!r} holds the study {before['study']!r}, not {plan.name!r}; "
-                "give another --out."
-            )
-    check_folder(out, "--out")
     url = None if storage is None else parse_storage(storage)
-    new = url is None and not _holds(out / DATABASE, plan.name)
+    place = parse_storage(out / DATABASE) if url is None else url
+    before = read_spec(out) if (out / SPEC).exists() else None
+    if before is not None and before["study"] != plan.name:
+        raise StorageError(
+            f"{str(out)!r} holds the study {before['study']!r}, not {plan.name!r}; "
+            "give another --out."
+        )
+    new = not _holds(place, plan.name)
+    if before is not None and new:  # its trials are elsewhere, or lost
+        raise StorageError(
+            f"{str(out)!r} belongs to the study {plan.name!r} in {before['storage'] or DATABASE}, "
+            f"but {masked(place)} has none; give the right --storage, or another --out."
+        )
+    check_folder(out, "--out")
     study = plan.open(storage or out / DATABASE, out)
     spec |= {
         "study": plan.name,
@@ -90,17 +105,22 @@ def run_study(
         _run(plan, study, spec, out, quiet, as_json)
     except ValueError:
         if new and not study.trials:  # a metric or a budget that cannot be: no reason to keep it
-            optuna.delete_study(study_name=plan.name, storage=str(study.storage))
             (out / SPEC).unlink()
+            optuna.delete_study(study_name=plan.name, storage=study.database)
         raise
 
 
-def _holds(path: Path, name: str) -> bool:
-    """Whether a SQLite file holds a study of a name."""
-    if not path.exists() or path.stat().st_size == 0:
-        return False
-    database = open_storage(parse_storage(path), create=False)
-    return name in optuna.get_all_study_names(database)
+def _holds(url: URL, name: str) -> bool:
+    """Whether a database holds a study of a name; a SQLite file may be missing or empty."""
+    if url.get_backend_name() == "sqlite":
+        path = Path(str(url.database))
+        if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+            return False
+    database = open_storage(url, create=False)
+    try:
+        return name in optuna.get_all_study_names(database)
+    finally:
+        disconnect(database)
 
 
 def resume_study(
@@ -171,17 +191,28 @@ def _source(source: str) -> dict[str, Any]:
     if not is_reference(source):
         path = Path(source)
         table = read_table(path)
-        try:
-            json.dumps(table, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise PlanError(
-                f"{source}: values are texts, numbers, lists and tables: {error}."
-            ) from error
+        _check_values(table, f"{source}: ")
         return {"file": str(path.resolve()), "toml": table}
     place, _, name = source.rpartition(":")
     if place.endswith(".py"):
         return {"function": f"{Path(place).resolve()}:{name}"}
     return {"function": source, "from": os.getcwd()}
+
+
+def _check_values(value: Any, where: str) -> None:
+    """Refuse what TOML has and a plan has not: nan, inf, dates and times."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in parts:
+        here = f"{where}{key}"
+        if isinstance(part, float) and not math.isfinite(part):
+            raise PlanError(f"{here} must be finite, but got {part}.")
+        if isinstance(part, dict | list):
+            _check_values(part, f"{here}.")
+        elif not isinstance(part, str | int | float):
+            kind = type(part).__name__
+            raise PlanError(
+                f"{here} must be a text, a number, a list or a table, but got {part} ({kind})."
+            )
 
 
 def _plan(spec: Mapping[str, Any]) -> Plan:

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from studies.objectives import front_of
 from studies.record import TrialRecord
 from studies.stored import StoredStudy, best_of
 from studies.summary import describe_values, done_line, summary
@@ -53,7 +54,7 @@ def status_of(study: StoredStudy) -> dict[str, Any]:
         "holder": holder,
         "planned": study.planned,
         "finished": finished,
-        **summary(study.name, records, best_of(study.optuna)),
+        **summary(study.name, records, best_of(study.optuna), front_of(study.optuna)),
         "open": open_,
     }
 

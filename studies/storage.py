@@ -8,39 +8,34 @@ the file whole.
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import sqlite3
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import filelock
 import sqlalchemy
 from sqlalchemy.engine import URL
+
+from studies.sqlite_file import BUSY_TIMEOUT, find_fault
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 __all__ = [
-    "LockedError",
     "StorageError",
     "check_folder",
-    "coordinator_lock",
     "default_folder",
     "disconnect",
-    "lock_holder",
     "masked",
     "open_storage",
     "parse_storage",
 ]
 
-BUSY_TIMEOUT = 60.0  # seconds that a SQLite connection waits for another writer
-_SCHEMES = ("sqlite", "postgresql", "mysql", "mariadb")
+_DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient", "mariadb": "mysqlclient"}
+_SCHEMES = ("sqlite", *_DRIVERS)
+_PASSWORDS = ("password", "passwd", "sslpassword")  # options that hold one
 _EXPECTED = "expected a path to a SQLite file, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 
 
@@ -48,17 +43,15 @@ class StorageError(ValueError):
     """A storage that cannot be used; the message says why in one sentence."""
 
 
-class LockedError(RuntimeError):
-    """Another process runs the study; the message names its host and process id."""
-
-
 def parse_storage(storage: str | os.PathLike[str]) -> URL:
     """Read a storage URL, or a path to a SQLite file, without touching it.
 
     Raises:
-        StorageError: not a URL of a supported database.
+        StorageError: not a URL of a supported database, or one whose password could not be masked.
     """
-    text = os.fspath(storage)
+    text = os.fspath(storage) if isinstance(storage, str | os.PathLike) else storage
+    if not isinstance(text, str):
+        raise StorageError(f"storage is a {type(storage).__name__}; {_EXPECTED}.")
     if not text:
         raise StorageError(f"storage is empty; {_EXPECTED}.")
     if "://" not in text:
@@ -68,6 +61,13 @@ def parse_storage(storage: str | os.PathLike[str]) -> URL:
     except (sqlalchemy.exc.ArgumentError, ValueError) as error:
         # The text itself may hold a password, so the message does not repeat it.
         raise StorageError(f"storage is not a database URL; {_EXPECTED}.") from error
+    if "@" in (url.host or ""):  # what follows the first @ of a password would pass for the host
+        raise StorageError("storage has two @; write one of a user or password as %40.")
+    if found := [name for name in url.query if name in _PASSWORDS]:
+        raise StorageError(
+            f"storage has the option {found[0]!r}; write a password as USER:PASSWORD@HOST, "
+            "which is masked in every message."
+        )
     if url.get_backend_name() not in _SCHEMES:
         raise StorageError(
             f"storage {masked(url)!r} has the unknown scheme {url.drivername!r}; {_EXPECTED}."
@@ -126,34 +126,46 @@ def open_storage(url: URL, *, create: bool = True) -> RDBStorage:
             missing or cannot be written to, a missing driver, a refused connection, or a schema
             of another Optuna version.
     """
+    import optuna
     from optuna.storages import RDBStorage
 
     sqlite = url.get_backend_name() == "sqlite"
     if sqlite:
         _check_sqlite(Path(str(url.database)), create)
     options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT}} if sqlite else {}
+    # Which driver a bare postgresql:// means depends on the version of SQLAlchemy.
+    full = url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
     try:
-        storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=options)
+        storage = RDBStorage(full.render_as_string(hide_password=False), engine_kwargs=options)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
         raise StorageError(
-            f"storage {masked(url)!r} needs a database driver that is not installed "
-            f"({url.drivername}); for PostgreSQL: pip install 'psycopg[binary]'."
+            f"storage {masked(url)!r} needs a database driver that is not installed; "
+            f"`pip install '{_DRIVERS[url.get_backend_name()]}'` and start the URL with "
+            f"{url.get_backend_name()}://."
         ) from error
     except sqlalchemy.exc.SQLAlchemyError as error:
         raise StorageError(f"storage {masked(url)!r} does not open: {_reason(error)}.") from error
-    except RuntimeError as error:  # Optuna: the schema is of another version
-        raise StorageError(f"storage {masked(url)!r}: {error}") from error
+    except RuntimeError as error:
+        raise StorageError(
+            f"storage {masked(url)!r} has the tables of another Optuna version than "
+            f"{optuna.__version__}; `optuna storage upgrade --storage URL` mends older ones."
+        ) from error
     if sqlite:
         # Connections made from now on run the pragmas; the ones of the constructor are dropped.
         sqlalchemy.event.listen(storage.engine, "connect", _sqlite_pragmas)
         storage.engine.dispose()
+    weakref.finalize(storage, _close, storage.scoped_session, storage.engine)
     return storage
+
+
+def _close(session: Any, engine: Any) -> None:
+    session.remove()
+    engine.dispose()
 
 
 def disconnect(storage: RDBStorage) -> None:
     """Close the connections of a storage; one that is used again connects anew."""
-    storage.remove_session()
-    storage.engine.dispose()
+    _close(storage.scoped_session, storage.engine)
 
 
 def _sqlite_pragmas(connection: sqlite3.Connection, _record: Any) -> None:
@@ -176,27 +188,11 @@ def _check_sqlite(path: Path, create: bool) -> None:
             raise StorageError(f"{where}: its folder {str(path.parent)!r} {what}.")
         check_folder(path.parent, "the storage's folder")
         return
-    if path.stat().st_size == 0 and create:
+    if create and not path.stat().st_size:
         return
-    try:
-        # A connection that only reads: a file that turns out to be something else stays untouched.
-        # What a killed process left in the write-ahead log can be read by a writer alone.
-        mode = "rw" if create and os.access(path, os.W_OK) else "ro"
-        connection = sqlite3.connect(
-            f"file:{path.resolve()}?mode={mode}", uri=True, timeout=BUSY_TIMEOUT
-        )
-        try:
-            rows = connection.execute("SELECT name FROM sqlite_master WHERE type='table'")
-            tables = {name for (name,) in rows}
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        raise StorageError(f"{where} is not a SQLite database: {_reason(error)}.") from error
-    if "studies" not in tables or "version_info" not in tables:
-        raise StorageError(
-            f"{where} is a SQLite database, but not one of Optuna: it has "
-            f"{f'the tables {sorted(tables)}' if tables else 'no tables'}."
-        )
+    fault = find_fault(path)
+    if fault is not None:
+        raise StorageError(f"{where} {fault.what}; {fault.advice}.")
     if create:
         check_folder(path.parent, "the storage's folder")
         if not os.access(path, os.W_OK):
@@ -209,39 +205,3 @@ def _reason(error: BaseException) -> str:
         return error.strerror
     inner = getattr(error, "orig", None) or error
     return str(inner).strip().splitlines()[0].rstrip(".")
-
-
-@contextmanager
-def coordinator_lock(folder: Path, study: str) -> Iterator[None]:
-    """Hold the right to run a study; the kernel gives it back however the process ends.
-
-    Args:
-        folder: folder of the study.
-        study: its name, for the message.
-
-    Raises:
-        LockedError: another process, or another `Study` of this one, holds it.
-    """
-    lock = filelock.FileLock(folder / "lock", timeout=0)
-    # The lock file itself is emptied by everyone who tries, so who holds it stands beside it.
-    holder = folder / "lock.json"
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise LockedError(f"study {study!r} is being run by {lock_holder(folder)}.") from error
-    try:
-        since = datetime.now().astimezone().isoformat(timespec="seconds")
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "since": since}
-        holder.write_text(json.dumps(me))
-        yield
-    finally:
-        lock.release()
-
-
-def lock_holder(folder: Path) -> str:
-    """Return who holds the lock in a study's folder, in words."""
-    try:
-        who = json.loads((folder / "lock.json").read_text())
-    except (OSError, ValueError):  # caught between its lock and its first write
-        return "another process"
-    return f"process {who['pid']} on {who['host']} since {who['since']}"

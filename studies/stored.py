@@ -17,12 +17,12 @@ from bilevel.checks import did_you_mean
 from bilevel.space import Space
 from studies.files import Files
 from studies.ledger import best_trial
+from studies.locks import lock_holder
 from studies.readable import Readable
 from studies.record import TrialRecord
 from studies.storage import (
     StorageError,
     default_folder,
-    lock_holder,
     masked,
     open_storage,
     parse_storage,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,7 +17,7 @@ from adapters.learner import Learner
 from adapters.tasks import Task
 from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
-from bilevel.checks import integer
+from bilevel.checks import integer, real
 from bilevel.space import Space
 from studies.agreement import agree, agree_on_run, settings
 from studies.bracket import Brackets
@@ -29,17 +28,17 @@ from studies.files import Files
 from studies.imports import Rows, observations
 from studies.interrupt import deferred_interrupt
 from studies.ledger import Ledger, best_trial, signs
+from studies.locks import coordinator_lock
 from studies.messages import Assignment, Keep, Setting
 from studies.readable import Readable
+from studies.reading import all_trials
 from studies.record import TrialRecord
 from studies.sampling import derive_seed, make_pruner, make_sampler
 from studies.schedulers import Scheduler
 from studies.spaces import check_owners, samplable, sampled_space
 from studies.storage import (
     check_folder,
-    coordinator_lock,
     default_folder,
-    disconnect,
     masked,
     open_storage,
     parse_storage,
@@ -107,22 +106,26 @@ class Study(Readable):
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"name must be a text that is not empty, but got {name!r}.")
-        self.metrics = (metric,) if isinstance(metric, str) else tuple(metric)
+        self.metrics = _names("metric", metric)
         self.directions = _directions(direction, len(self.metrics))
-        self.constraints = dict(constraints or {})
+        self.constraints = {
+            name: real(f"constraints[{name!r}]", limit)
+            for name, limit in (constraints or {}).items()
+        }
         self.name = name
         self.learner = registry.get(learner) if isinstance(learner, str) else learner
         self.task = tasks.get(task) if isinstance(task, str) else task
         self._space = self.learner.space if space is None else space
         self.algorithm = algorithm
         self.seed = integer("seed", seed, minimum=0)
+        if self.seed >= 2**32:  # a sampler's generator takes no more
+            raise ValueError(f"seed must be below 2**32, but got {seed}.")
         check_owners(self.space, algorithm)
         self._sampler, self._sampler_is_default = make_sampler(sampler, self.seed), sampler is None
         url = parse_storage(storage)
         self.storage = masked(url)
         root = default_folder(url) if folder is None else Path(folder)
         self.database = open_storage(url)
-        weakref.finalize(self, disconnect, self.database)
         check_folder(root, "the study's folder")
         self.files = Files(root, name)
         self.files.make()
@@ -134,12 +137,7 @@ class Study(Readable):
             directions=self.directions,
             load_if_exists=True,
         )
-        agree(
-            self._study,
-            self.storage,
-            self.directions,
-            settings(self),
-        )
+        agree(self._study, self.storage, self.directions, settings(self, url))
 
     # Reading.
 
@@ -233,13 +231,13 @@ class Study(Readable):
             name = source.name if isinstance(source, Study) else "table"
             if isinstance(source, str | PathLike):
                 name = Path(source).name
-        trials = self._study.get_trials(deepcopy=False)
+        trials = all_trials(self._study)
         if any(trial.user_attrs.get("imported") == name for trial in trials):
             return 0
         rows = source.optuna if isinstance(source, Study) else source
         space = sampled_space(self.space) if samplable(self.space) else self.space
         found = observations(rows, space, self.metrics, name)
-        with coordinator_lock(self.files.study, self.name):
+        with coordinator_lock(self.files.study, self.name, self.database):
             self._study.add_trials(found)
         return len(found)
 
@@ -319,7 +317,7 @@ class Study(Readable):
         budget = Budget.of(budget)
         config.prepare()
         told = on_event or (lambda event: None)
-        with coordinator_lock(self.files.study, self.name):
+        with coordinator_lock(self.files.study, self.name, self.database):
             grid = first_points(policy, self.space, self.seed) if self._sampler_is_default else []
             policy = fitted(policy, self.space, len(grid))
             ladder = policy.ladder(trials, rungs)
@@ -385,10 +383,19 @@ class Study(Readable):
 
 
 def _directions(direction: Direction | Sequence[Direction], count: int) -> list[Direction]:
-    directions = list(direction) if not isinstance(direction, str) else [direction] * count
+    directions = [direction] * count if isinstance(direction, str) else list(direction)
     for one in directions:
         if one not in ("minimize", "maximize"):
             raise ValueError(f"direction must be 'minimize' or 'maximize', but got {one!r}.")
     if len(directions) != count:
         raise ValueError(f"direction: {count} metrics, but got {directions}.")
     return directions
+
+
+def _names(what: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    names = (given,) if isinstance(given, str) else given
+    if not (isinstance(names, Sequence) and names and all(isinstance(n, str) for n in names)):
+        raise ValueError(f"{what} must be a name or a list of names, but got {given!r}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{what}: names must be unique, but got {list(names)}.")
+    return tuple(names)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,10 @@ from optuna.trial import FrozenTrial, TrialState
 from bilevel.checkpoint import load
 from studies.doctor import Finding, Level
 from studies.ledger import best_trial
-from studies.storage import StorageError, coordinator_lock
-from studies.stored import DATABASE, SPEC, StoredStudy, read_spec
+from studies.locks import coordinator_lock
+from studies.sqlite_file import find_fault
+from studies.storage import StorageError
+from studies.stored import DATABASE, SPEC, STORAGE_VARIABLE, StoredStudy, read_spec
 from studies.versions import versions
 
 __all__ = ["Trouble", "collect", "examine_study", "mend"]
@@ -53,7 +54,10 @@ def examine_study(folder: Path) -> list[Trouble]:
         study = StoredStudy(folder)
         trials = study.optuna.get_trials(deepcopy=False)
     except (StorageError, OSError) as error:
-        return [*found, Trouble("database", str(error), "error", "restore it from a copy")]
+        advice = "restore it from a copy"
+        if spec["storage"] is not None:
+            advice = f"is its server up, and the URL in {STORAGE_VARIABLE} right?"
+        return [*found, Trouble("database", str(error), "error", advice)]
     found.append(Trouble("database", f"{len(trials)} trials, schema of this Optuna version"))
     found += [_lock(study), _orphans(study, trials), *_versions(study)]
     found += [*_checkpoints(study, trials), *_artifacts(study, trials), *_leftovers(study)]
@@ -67,7 +71,7 @@ def mend(folder: Path, troubles: list[Trouble]) -> list[Trouble]:
         LockedError: the study is being run.
     """
     study = StoredStudy(folder)
-    with coordinator_lock(study.files.study, study.name):
+    with coordinator_lock(study.files.study, study.name, study.database):
         for trouble in troubles:
             if trouble.fix is not None:
                 trouble.fix()
@@ -75,25 +79,15 @@ def mend(folder: Path, troubles: list[Trouble]) -> list[Trouble]:
 
 
 def _sqlite(path: Path) -> Iterator[Trouble]:
-    """Whether SQLite itself finds its file whole, and in write-ahead mode."""
+    """Whether the file is whole, and in write-ahead mode."""
     if not path.exists():
         return
-    try:
-        # What a killed process left in the write-ahead log can be read by a writer alone.
-        access = "rw" if os.access(path, os.W_OK) else "ro"
-        where = f"file:{path.resolve()}?mode={access}"
-        connection = sqlite3.connect(where, uri=True, timeout=60.0)
-        try:
-            check = [row[0] for row in connection.execute("PRAGMA quick_check(3)")]
-            mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
-        finally:
-            connection.close()
-    except sqlite3.Error as error:
-        yield Trouble("sqlite", f"{path.name}: {error}", "error", "restore it from a copy")
+    fault = find_fault(path)
+    if fault is not None:
+        yield Trouble("sqlite", f"{path.name} {fault.what}", "error", fault.advice)
         return
-    if check != ["ok"]:
-        yield Trouble("sqlite", "; ".join(check), "error", "restore it from a copy")
-        return
+    with closing(sqlite3.connect(f"file:{path.resolve()}?mode=ro", uri=True)) as connection:
+        mode = connection.execute("PRAGMA journal_mode").fetchone()[0]
     wal = path.with_name(f"{path.name}-wal")
     size = wal.stat().st_size if wal.exists() else 0
     level: Level = "ok" if mode == "wal" else "warning"
@@ -167,20 +161,27 @@ def _set_aside(path: Path) -> None:
 
 
 def _artifacts(study: StoredStudy, trials: list[FrozenTrial]) -> Iterator[Trouble]:
-    """Artifacts that the database names and the folder has not."""
-    folder, missing, count = study.files.artifacts, [], 0
+    """Artifacts that the database names and the folder has not, or that lie outside of it."""
+    folder, count = study.files.artifacts, 0
+    missing: list[str] = []
+    foreign: list[str] = []
     items: list[OptunaStudy | FrozenTrial] = [study.optuna, *trials]
     for item in items:
         for meta in get_all_artifact_meta(item, storage=study.database):
             count += 1
-            if not (folder / meta.artifact_id).exists():
-                who = "the study" if isinstance(item, OptunaStudy) else f"trial {item.number}"
+            who = "the study" if isinstance(item, OptunaStudy) else f"trial {item.number}"
+            if Path(meta.artifact_id).name != meta.artifact_id:
+                foreign.append(f"{meta.artifact_id!r} of {who}")
+            elif not (folder / meta.artifact_id).exists():
                 missing.append(f"{meta.filename} of {who}")
+    if foreign:
+        text = f"{', '.join(foreign[:4])} outside of the folder artifacts"
+        yield Trouble("artifacts", text, "error", "they are not read; who wrote to the database?")
     if missing:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         text = f"{', '.join(missing[:4])}{more} missing of {count}"
         yield Trouble("artifacts", text, "error", "restore the folder artifacts from a copy")
-    else:
+    if not foreign and not missing:
         yield Trouble("artifacts", f"{count}, all there")
 
 
@@ -223,7 +224,9 @@ def collect(folder: Path, delete: bool) -> dict[str, Any]:
         LockedError: to be removed while the study is being run.
     """
     study = StoredStudy(folder)
-    with coordinator_lock(study.files.study, study.name) if delete else nullcontext():
+    with (
+        coordinator_lock(study.files.study, study.name, study.database) if delete else nullcontext()
+    ):
         found = _removable(study)
         files = [{"path": str(p), "bytes": _size(p), "why": why} for p, why in found]
         if delete:

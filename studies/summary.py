@@ -10,10 +10,21 @@ from typing import Any
 import numpy as np
 
 from bilevel.schedule import Schedule
+from studies.objectives import value_texts
 from studies.record import TrialRecord
 from studies.tables import value_text
 
-__all__ = ["as_json", "counts", "done_line", "middle", "summary", "trial_line"]
+__all__ = [
+    "action_line",
+    "as_json",
+    "counts",
+    "describe_values",
+    "done_line",
+    "middle",
+    "moves",
+    "summary",
+    "trial_line",
+]
 
 STATES = ("complete", "pruned", "failed", "running", "waiting")
 
@@ -39,8 +50,20 @@ def as_json(record: TrialRecord) -> dict[str, Any]:
     }
 
 
-def summary(name: str, records: Sequence[TrialRecord], best: TrialRecord | None) -> dict[str, Any]:
-    """Return a study as plain data."""
+def summary(
+    name: str,
+    records: Sequence[TrialRecord],
+    best: TrialRecord | None,
+    front: Sequence[TrialRecord] = (),
+) -> dict[str, Any]:
+    """Return a study as plain data.
+
+    Args:
+        name: of the study.
+        records: its trials.
+        best: the best one; None without one, and for several objectives.
+        front: of several objectives, the best compromises.
+    """
     return {
         "study": name,
         "trials": len(records),
@@ -49,6 +72,7 @@ def summary(name: str, records: Sequence[TrialRecord], best: TrialRecord | None)
         "equivalent_steps": sum(r.cost.equivalent_steps for r in records),
         "seconds": sum(r.cost.seconds for r in records),
         "best": None if best is None else as_json(best),
+        "front": [record.number for record in front],
     }
 
 
@@ -62,34 +86,44 @@ def done_line(found: Mapping[str, Any]) -> str:
     parts = [f"{part}: {kinds}" if part.endswith("failed") else part for part in parts]
     trials = f"{found['trials']} trial{'s' if found['trials'] != 1 else ''}"
     text = f"{trials} ({', '.join(parts)})" if parts else trials
-    best = found["best"]
-    if best is None or best["value"] is None:
-        return f"{text}  no complete trial"
-    return f"{text}  best {best['value']:.4f} (trial {best['number']})"
+    best, front = found["best"], found["front"]
+    if best is not None:
+        return f"{text}  best {best['value']:.4f} (trial {best['number']})"
+    if front:
+        return f"{text}  front: trial{'s' if len(front) > 1 else ''} {', '.join(map(str, front))}"
+    return text if found["complete"] else f"{text}  no complete trial"
 
 
-def trial_line(record: TrialRecord, metric: str, schedule: Schedule | None = None) -> str:
-    """One finished trial on one line.
+def action_line(number: int, action: str, text: str) -> str:
+    """What happens to a trial, on one line, its columns below those of `trial_line`."""
+    return f"trial {number}  {action:<8}  {text}"
 
-    ``trial 12  COMPLETE  val loss 0.3127  width=64 | lam 0.01->0.00034 (20)  18 steps  6.3 s``
+
+def trial_line(
+    record: TrialRecord, names: Sequence[str], schedule: Schedule | None = None, note: str = ""
+) -> str:
+    """One finished trial on one line, the shortest parts first: a screen may cut it.
+
+    ``trial 12  COMPLETE  val loss 0.3127  18 steps  6.3 s  width=64 | lam 0.01->0.00034 (20)``
+
+    Args:
+        record: the trial.
+        names: of the objectives.
+        schedule: of its gradient-owned values, where it has one.
+        note: after the values.
     """
-    parts = [f"trial {record.number}", f"{record.state.upper():<8}"]
-    value = record.value
-    if value is None and record.rungs:
-        value = record.rungs[max(record.rungs)]
     if record.failure is not None:
-        return "  ".join([*parts, str(record.failure)])
-    if value is not None:
-        parts.append(f"val {metric} {value:.4f}")
-    chosen = " ".join(f"{k}={value_text(v)}" for k, v in record.params.items())
-    moved = "" if schedule is None else _some_moves(moves(schedule, record.hparams))
-    if both := " | ".join(text for text in (chosen, moved) if text):
-        parts.append(both)
+        return action_line(record.number, record.state.upper(), str(record.failure))
+    parts = value_texts(names, record.values)
+    parts += [note] if note else []
+    parts += [f"{record.cost.steps} steps", f"{record.cost.seconds:.1f} s"]
     first, last = (record.metrics.get(f"g/norm_{end}") for end in ("first", "last"))
     if first is not None and last is not None:
         parts.append(f"|g| {first:.1e}->{last:.1e}")
-    parts += [f"{record.cost.steps} steps", f"{record.cost.seconds:.1f} s"]
-    return "  ".join(parts)
+    chosen = " ".join(f"{k}={value_text(v)}" for k, v in record.params.items())
+    moved = "" if schedule is None else _some_moves(moves(schedule, record.hparams))
+    parts.append(" | ".join(text for text in (chosen, moved) if text))
+    return action_line(record.number, record.state.upper(), "  ".join(parts)).rstrip()
 
 
 MOST_MOVES = 4

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from studies.doctor import Finding
+from studies.objectives import leading, objectives
 from studies.record import TrialRecord
 
 if TYPE_CHECKING:
     from studies.readable import Readable
 
-__all__ = ["findings_table", "names_table", "number", "trials_table", "value_text"]
+__all__ = [
+    "findings_table",
+    "names_table",
+    "number",
+    "trial_cells",
+    "trial_headings",
+    "trials_table",
+    "value_text",
+]
 
 
 def number(value: float | None) -> str:
@@ -32,27 +42,56 @@ def value_text(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def trials_table(study: Readable, records: Sequence[TrialRecord] | None = None) -> Table:
-    """One row for each trial of a study, or for some of them."""
-    table = Table(title=study.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("trial", "state", "val loss", "test loss", "cost"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("chosen by the sampler")
-    for record in study.trials if records is None else records:
-        table.add_row(*_trial_row(record))
-    return table
+def trial_headings(study: Readable) -> list[str]:
+    """Headings of `trial_cells`: each objective, and the same metric of the test split."""
+    names = objectives(study.optuna)
+    tests = [name.replace("val ", "test ", 1) for name in names if name.startswith("val ")]
+    return ["trial", "", "state", *names, *tests, "cost"]
 
 
-def _trial_row(record: TrialRecord) -> Sequence[str]:
-    text = "  ".join(f"{name}={value_text(value)}" for name, value in record.params.items())
-    return (
+def trial_cells(study: Readable, record: TrialRecord, lead: Collection[int]) -> list[str]:
+    """Number, mark, state, values and cost of a trial.
+
+    Args:
+        study: of the trial.
+        record: the trial.
+        lead: numbers of the trials that are marked, as the best one or as the front.
+    """
+    names = objectives(study.optuna)
+    mark = "" if record.feasible else "violates"
+    if record.number in lead:
+        mark = "best" if len(names) == 1 else "front"
+    tests = [name.replace("val ", "test/", 1) for name in names if name.startswith("val ")]
+    return [
         str(record.number),
+        mark,
         record.state,
-        number(record.metrics.get("val/loss")),
-        number(record.metrics.get("test/loss")),
+        *([number(value) for value in record.values] or ["-"] * len(names)),
+        *(number(record.metrics.get(test)) for test in tests),
         str(record.cost.equivalent_steps),
-        str(record.failure) if record.failure else text,
+    ]
+
+
+def trials_table(study: Readable, records: Sequence[TrialRecord] | None = None) -> Table:
+    """One row for each trial of a study, or for some of them; the best one or the front marked."""
+    lead = {record.number for record in leading(study)}
+    table = Table(
+        title=study.name,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
     )
+    for heading in trial_headings(study):
+        numeric = heading not in ("", "state")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    table.add_column("chosen by the sampler", overflow="fold")
+    for record in study.trials if records is None else records:
+        chosen = "  ".join(f"{name}={value_text(value)}" for name, value in record.params.items())
+        text = str(record.failure) if record.failure else chosen
+        style = "bold" if record.number in lead else ""
+        table.add_row(*trial_cells(study, record, lead), Text(text), style=style)
+    return table
 
 
 def names_table(rows: Mapping[str, str]) -> Table:

@@ -16,6 +16,7 @@ from studies.kept import Kept
 from studies.messages import Assignment, Decision, Outcome, Paused, Reached, Setting, Stalled
 from studies.plain import Plain
 from studies.progress import Progress
+from studies.record import as_metrics
 from studies.spaces import sampled_space
 from studies.tuned import Tuned
 
@@ -90,7 +91,8 @@ def rehearse(setting: Setting, trial: Assignment) -> None:
     """Set the learner up and look at its metrics, so that bad settings show before any trial.
 
     Raises:
-        TypeError: an algorithm is to tune a learner that has no pure losses.
+        TypeError: an algorithm is to tune a learner that has no pure losses, or a metric is no
+            number.
         ValueError: the learner refuses task or values, or there is no such metric.
     """
     learner = set_up(setting, trial)
@@ -99,7 +101,7 @@ def rehearse(setting: Setting, trial: Assignment) -> None:
             f"algorithm: {learner.name} has no pure losses, so the gradient cannot own "
             f"{list(setting.space.grad)}; give them to the sampler with space.own(...)."
         )
-    found = learner.evaluate("val")
+    found = as_metrics(learner.evaluate("val"))
     for name in (*setting.metrics, *setting.constraints):
         if name not in found:
             raise ValueError(f"metric must be one of {sorted(found)}, but got {name!r}.")

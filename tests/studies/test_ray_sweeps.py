@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ import pytest
 
 from adapters import registry, tasks
 from bilevel import Descent
+from bilevel.checkpoint import load
+from bilevel.schedule import Schedule
 from hypergrad import Unrolled
 
 pytest.importorskip("ray")
@@ -34,6 +38,7 @@ from studies.ray import (
     policy_schedules,
     tuner,
 )
+from tests.studies.test_ray_trainable import same
 
 pytestmark = [
     pytest.mark.xdist_group("ray"),
@@ -70,6 +75,30 @@ def test_halving_schedulers(scheduler: Any, tmp_path: Path, ray_cluster: None) -
     assert set(states) == {"COMPLETE", "PRUNED"}
 
 
+def watched(folder: Path) -> Any:
+    """A trainable that says of every checkpoint that it takes what became of it."""
+    parent = make()
+
+    class Watched(parent):  # type: ignore[misc]
+        def load_checkpoint(self, checkpoint: Any) -> None:
+            saved = load(Path(checkpoint) / "state.pt")
+            parent.load_checkpoint(self, checkpoint)
+            taken = self._stored()
+            constants = [
+                s["progress"]["run"]["inner"]["run"].pop("constants") for s in (saved, taken)
+            ]
+            said = {
+                "exploit": saved["seed"] != self._own_seed,
+                "same": same(saved, taken),
+                "config": sorted(self.config),
+                "changed": [n for n in constants[0] if constants[0][n] != constants[1][n]],
+                "keys": sorted(saved["progress"]["run"]),
+            }
+            (folder / f"{uuid.uuid4().hex}.json").write_text(json.dumps(said))
+
+    return Watched
+
+
 @pytest.mark.parametrize("kind", ["pbt", "pb2"])
 def test_population_based_training(kind: str, tmp_path: Path, ray_cluster: None) -> None:
     common: dict[str, Any] = {
@@ -82,14 +111,29 @@ def test_population_based_training(kind: str, tmp_path: Path, ray_cluster: None)
         scheduler = PopulationBasedTraining(hyperparam_mutations=mutations(SPACE), **common)
     else:
         scheduler = PB2(hyperparam_bounds=bounds(SPACE), **common)
+    (tmp_path / "loads").mkdir()
     results = tuner(
-        make(), trials=4, workers=2, out=tmp_path, scheduler=scheduler, checkpoint_every=2
-    ).fit()
+        watched(tmp_path / "loads"),
+        trials=4, workers=2, out=tmp_path, scheduler=scheduler, checkpoint_every=2,
+    ).fit()  # fmt: skip
     assert results.num_errors == 0
     assert all(r.metrics["steps"] == 40 for r in results)
+    # An exploit takes all of the donor but what the sampler owns, and only that is explored.
+    loads = [json.loads(path.read_text()) for path in (tmp_path / "loads").iterdir()]
+    exploits = [said for said in loads if said["exploit"]]
+    assert exploits
+    assert all(said["same"] and said["config"] == ["lr"] for said in loads)
+    assert {name for said in exploits for name in said["changed"]} == {"lr"}
+    assert {"hparams", "inner", "algorithm"} <= set(exploits[0]["keys"])
+    # A policy ends with the values that its trial had at the end, and is stored as a schedule.
     schedules = policy_schedules(tmp_path / "sweep", steps_per_report=5)
     assert schedules
-    assert all(set(s.names) == {"lr"} for s in schedules.values())
+    last = {r.metrics["trial_id"]: r.config["lr"] for r in results}
+    for trial, schedule in schedules.items():
+        assert set(schedule.names) == {"lr"}
+        assert float(schedule["lr"][-1]) == pytest.approx(last[trial])
+        stored = Schedule.from_json((tmp_path / "sweep" / f"schedule_{trial}.json").read_text())
+        assert stored["lr"].tolist() == schedule["lr"].tolist()
 
 
 SWEEP = """

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import sqlite3
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import optuna
 import pytest
 
+from studies.locks import LockedError, coordinator_lock
 from studies.storage import (
-    LockedError,
     StorageError,
     check_folder,
-    coordinator_lock,
     default_folder,
     masked,
     open_storage,
@@ -60,25 +55,6 @@ def test_password_stays_out_of_connection_errors() -> None:
         open_storage(url)
     assert "secret" not in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_text_file_is_not_a_database(tmp_path: Path) -> None:
-    path = tmp_path / "notes.db"
-    path.write_text("milk, bread\n" * 100)
-    with pytest.raises(StorageError, match="not a SQLite database"):
-        open_storage(parse_storage(path))
-    assert path.read_text() == "milk, bread\n" * 100
-
-
-def test_someone_elses_database_is_left_alone(tmp_path: Path) -> None:
-    path = tmp_path / "shop.db"
-    with sqlite3.connect(path) as connection:
-        connection.execute("CREATE TABLE customers (name TEXT)")
-    connection.close()
-    before = path.read_bytes()
-    with pytest.raises(StorageError, match=r"not one of Optuna.*customers"):
-        open_storage(parse_storage(path))
-    assert path.read_bytes() == before
 
 
 def test_folder_missing_or_in_place_of_the_file(tmp_path: Path) -> None:
@@ -134,39 +110,11 @@ def test_files_stand_beside_the_database() -> None:
     assert default_folder(parse_storage("postgresql://h/team")) == Path("team-files")
 
 
-def test_lock_names_its_holder_and_dies_with_it(tmp_path: Path) -> None:
-    code = f"""
-        import sys, time
-        from pathlib import Path
-        from studies.storage import coordinator_lock
-        with coordinator_lock(Path({str(tmp_path)!r}), "s"):
-            print("held", flush=True)
-            time.sleep(60)
-    """
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True
-    )
-    assert child.stdout is not None
-    try:
-        assert child.stdout.readline() == "held\n"
-        for _ in range(2):  # a refused attempt must not erase who holds it
-            with (
-                pytest.raises(LockedError, match=rf"study 's' .* process {child.pid} on "),
-                coordinator_lock(tmp_path, "s"),
-            ):
-                pass
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
-    with coordinator_lock(tmp_path, "s"):
-        pass
-
-
 def test_lock_excludes_a_second_study_of_the_same_process(tmp_path: Path) -> None:
+    database = open_storage(parse_storage(tmp_path / "x.db"))
     with (
-        coordinator_lock(tmp_path, "s"),
+        coordinator_lock(tmp_path, "s", database),
         pytest.raises(LockedError, match=f"process {os.getpid()} "),
-        coordinator_lock(tmp_path, "s"),
+        coordinator_lock(tmp_path, "s", database),
     ):
         pass

@@ -61,6 +61,15 @@ def test_both_owners_in_one_study(tmp_path: Path) -> None:
     assert found.best.value == min(r.value for r in found.trials)
 
 
+def test_a_study_keeps_its_folder_and_may_move_with_it(tmp_path: Path) -> None:
+    study(tmp_path / "a").run(1, 20)
+    with pytest.raises(MismatchError, match=r"folder: 'x-files' before, '\.\./other' now"):
+        Study("s", NETWORK, TASK, tmp_path / "a" / "x.db", space=SMALL, algorithm=ALGORITHM,
+              seed=5, folder=tmp_path / "other")  # fmt: skip
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len(study(tmp_path / "b").run(2, 20).trials) == 2
+
+
 def test_stock_optuna_reads_it(tmp_path: Path) -> None:
     found = study(tmp_path).run(2, 20)
     plain = optuna.load_study(study_name="s", storage=f"sqlite:///{tmp_path / 'x.db'}")

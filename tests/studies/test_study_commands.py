@@ -17,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from studies.storage import coordinator_lock
+from studies.locks import coordinator_lock
 from studies.stored import StoredStudy
 from tests.signals import interruptible
 from tests.studies.console import STUDY, Ended, console, study_file
@@ -73,7 +73,7 @@ def test_status(made: tuple[Path, Ended]) -> None:
     assert (found["state"], found["holder"], found["planned"]) == ("complete", None, 3)
     assert "3 of 3 finished" in console("study", "status", "out", cwd=made[0]).out
     study = StoredStudy(made[0] / "out")
-    with coordinator_lock(study.files.study, study.name):
+    with coordinator_lock(study.files.study, study.name, study.database):
         held = console("study", "status", "out", "--json", cwd=made[0]).json
         assert held["state"] == "running"
         assert f"process {os.getpid()} on " in held["holder"]
@@ -152,15 +152,6 @@ def test_other_settings_are_refused_and_change_nothing(made: tuple[Path, Ended])
         assert done.code == 4
         assert message in done.err
         assert (made[0] / "out" / "spec.json").read_text() == before
-
-
-def test_locked(made: tuple[Path, Ended]) -> None:
-    study = StoredStudy(made[0] / "out")
-    with coordinator_lock(study.files.study, study.name):
-        done = console("study", "resume", "out", "--trials", "9", cwd=made[0])
-        assert done.code == 3
-        assert f"process {os.getpid()}" in done.err
-        assert console("study", "gc", "out", "--delete", cwd=made[0]).code == 3
 
 
 def test_no_complete_trial_is_exit_code_1(tmp_path: Path) -> None:

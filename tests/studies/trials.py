@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -9,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from adapters.learner import Learner
@@ -81,6 +83,18 @@ class Walker(Learner):
         self.generator.set_state(state["rng"])
 
 
+ODD: dict[str, tuple[str, Any]] = {
+    "inf": ("loss", math.inf),
+    "text": ("loss", "0.5"),
+    "scalar": ("loss", torch.tensor(0.5)),
+    "array": ("loss", np.array([0.5, 0.5])),
+    "scalar beside": ("size", np.float32(0.5)),
+    "tensor beside": ("size", torch.ones(2)),
+    "set beside": ("size", {0.5}),
+}
+"""What a metric is from step 5 on, by what `Behaving` is told."""
+
+
 class Behaving(Walker):
     """Does at step 5 what `how` says; what is to happen once happens where a file is missing."""
 
@@ -88,7 +102,7 @@ class Behaving(Walker):
     space = Space(
         x=Float(-1.0, 1.0),
         pace=Float(0.0, 1.0, default=0.0),
-        how=Choice("fine", "hang", "die once", "die", "memory", "nan", "text", "raise"),
+        how=Choice("fine", "hang", "die once", "die", "memory", "nan", "raise", *ODD),
         mark=Choice("none", "other"),
     )
     folder: ClassVar[str] = os.environ.get("BEHAVING_FOLDER", "")
@@ -118,7 +132,9 @@ class Behaving(Walker):
         return found
 
     def evaluate(self, split: str) -> Metrics:
-        """The place, or a text."""
-        if self.how == "text" and self.steps >= 5:
-            return Metrics({"loss": "0.5"})  # type: ignore[dict-item]
-        return super().evaluate(split)
+        """The place, and what is no number."""
+        found = super().evaluate(split)
+        if self.how not in ODD or self.steps < 5:
+            return found
+        name, value = ODD[self.how]
+        return Metrics({**found, name: value})
