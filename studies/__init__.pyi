@@ -10,11 +10,11 @@ from .executors.base import ExecutorError as ExecutorError
 from .executors.config import Here as Here
 from .executors.config import Processes as Processes
 from .executors.config import RayActors as RayActors
+from .locks import LockedError as LockedError
 from .plan import Plan as Plan
 from .record import Failure as Failure
 from .record import TrialRecord as TrialRecord
 from .schedulers import Fifo as Fifo
 from .schedulers import Halving as Halving
-from .locks import LockedError as LockedError
 from .storage import StorageError as StorageError
 from .study import Study as Study

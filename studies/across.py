@@ -20,6 +20,7 @@ from studies.inside import MOST_NAMES, base_name, is_log
 from studies.ledger import signs
 from studies.objectives import better, leading, objectives
 from studies.readable import Readable
+from studies.reading import all_trials
 from studies.record import TrialRecord
 from studies.summary import middle
 
@@ -174,7 +175,7 @@ def _distribution(study: Readable, name: str, column: Sequence[Any]) -> BaseDist
 
 def _ended(study: Readable) -> list[TrialRecord]:
     """The study's own finished trials, failed ones included, in the order in which they ended."""
-    trials = [t for t in study.optuna.get_trials(deepcopy=False) if t.datetime_complete is not None]
+    trials = [t for t in all_trials(study.optuna) if t.datetime_complete is not None]
     trials.sort(key=lambda trial: (trial.datetime_complete, trial.number))
     return [r for trial in trials if not (r := TrialRecord.of(trial)).imported]
 

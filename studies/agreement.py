@@ -15,6 +15,7 @@ from bilevel.budget import Budget
 from bilevel.describe import describe, differences
 from bilevel.space import Space
 from studies.messages import Keep
+from studies.reading import all_trials
 from studies.schedulers import Ladder, Scheduler
 from studies.versions import versions
 
@@ -61,7 +62,7 @@ def agree(
         MismatchError: they differ, or another program made the study.
     """
     stored = study.user_attrs.get("settings")
-    if stored is None and study.get_trials(deepcopy=False):
+    if stored is None and all_trials(study):
         raise MismatchError(
             f"study {study.study_name!r} in {storage} has trials, but was not made by bilevel; "
             "use another name."

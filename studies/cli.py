@@ -70,8 +70,8 @@ def _exit_code(error: Exception) -> int | None:
     from studies.coordinator import TooManyFailuresError
     from studies.dashboard import DashboardError
     from studies.executors.base import ExecutorError
-    from studies.running import StoppedError
     from studies.locks import LockedError
+    from studies.running import StoppedError
     from studies.stored import NoResultError
 
     codes: list[tuple[type[Exception], int]] = [

@@ -22,6 +22,7 @@ from studies.interactive import interactive
 from studies.objectives import front_of
 from studies.overlay import Overlay
 from studies.plots import figures
+from studies.reading import all_trials
 from studies.record import TrialRecord
 from studies.stored import StoredStudy, best_of
 from studies.summary import done_line, summary
@@ -118,7 +119,7 @@ def draw(study: StoredStudy, layer: dict[tuple[int, str], Any]) -> None:
         save_plotly_graph_object(view, figure, graph_object_id=name)
     if "dashboard:note_ver" not in stored:
         save_note(view, study_note(study))
-    for trial in study.optuna.get_trials(deepcopy=False)[:MOST_NOTES]:
+    for trial in all_trials(study.optuna)[:MOST_NOTES]:
         if f"dashboard:{trial._trial_id}:note_ver" not in stored:
             place = SimpleNamespace(storage=kept, study=view, _trial_id=trial._trial_id)
             save_note(place, trial_note(study, trial))

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from studies.reading import all_trials
 from studies.record import TrialRecord
 from studies.storage import StorageError
 from studies.stored import StoredStudy
@@ -25,7 +26,7 @@ def rows(study: StoredStudy) -> list[dict[str, Any]]:
     ``rung.*``.  Lists and quantiles of tensors get a column each, such as ``hparams.lam[0]``.
     """
     table = []
-    for trial in study.optuna.get_trials(deepcopy=False):
+    for trial in all_trials(study.optuna):
         record = TrialRecord.of(trial)
         row: dict[str, Any] = {
             "number": record.number,

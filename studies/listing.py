@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
+from studies.reading import all_trials
 from studies.tables import number
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
     found = []
     for name in sorted(optuna.get_all_study_names(database)):
         study = optuna.load_study(study_name=name, storage=database)
-        records = [TrialRecord.of(trial) for trial in study.get_trials(deepcopy=False)]
+        records = [TrialRecord.of(trial) for trial in all_trials(study)]
         best = best_of(study)
         found.append(
             {

@@ -109,13 +109,16 @@ class Progress(ABC):
             self._val = self.cost, as_metrics(self.measure("val") or {})
         return self._val[1]
 
+    def failed(self, failure: Failure) -> Outcome:
+        """Return what is stored of the trial where it failed: what it cost, and its artifacts."""
+        record = TrialRecord(self.trial.number, "failed", cost=self.cost, failure=failure)
+        return Outcome(record, self.files())
+
     def outcome(self, *, evaluate_test: bool) -> Outcome:
         """Return what is stored of the trial as it is now."""
         number, hparams = self.trial.number, self.hparams()
         if self.status is RunStatus.DIVERGED:
-            failure = Failure("diverged", self.reason)
-            record = TrialRecord(number, "failed", cost=self.cost, failure=failure)
-            return Outcome(record, self.files())
+            return self.failed(Failure("diverged", self.reason))
         val = self.validated()
         test = as_metrics(self.measure("test") or {}) if evaluate_test else {}
         named = {
@@ -129,9 +132,7 @@ class Progress(ABC):
             limits = self.setting.constraints
             limited = _named(val, tuple(limits), where)
         except FloatingPointError as error:
-            failure = Failure("not finite", str(error))
-            record = TrialRecord(number, "failed", cost=self.cost, failure=failure)
-            return Outcome(record, self.files())
+            return self.failed(Failure("not finite", str(error)))
         record = TrialRecord(
             number,
             _STATES.get(self.status, "complete"),

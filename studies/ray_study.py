@@ -16,6 +16,7 @@ from optuna.trial import FixedTrial, TrialState, create_trial
 
 from bilevel.space import Space
 from studies.agreement import MismatchError
+from studies.reading import all_trials
 
 __all__ = [
     "TRIAL_ID",
@@ -76,7 +77,7 @@ def open_study(
         load_if_exists=True,
     )
     _agree(study, space, directions)
-    if study.get_trials(deepcopy=False):
+    if all_trials(study):
         return study
     if rewards is None:
         for point in points:
@@ -169,7 +170,7 @@ def orphans(study: optuna.Study, known: set[str]) -> list[int]:
     """Trials that were asked after Tune's last snapshot: it will ask for them again."""
     return [
         frozen.number
-        for frozen in study.get_trials(deepcopy=False)
+        for frozen in all_trials(study)
         if frozen.state is not TrialState.WAITING
         and "imported" not in frozen.user_attrs
         and frozen.user_attrs.get(TRIAL_ID) not in known

@@ -14,6 +14,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial, Trial
 
 from studies.ray_study import TRIAL_ID, SpaceLike, aims, known_to_tune, open_study, orphans
+from studies.reading import all_trials
 from studies.storage import open_storage, parse_storage
 from studies.trials_json import trial_from_json, trial_to_json
 
@@ -122,14 +123,14 @@ class Sweep:
     def number(self, trial_id: str) -> int | None:
         """Number of the trial of an id; the database knows those that a snapshot does not."""
         if trial_id not in self.numbers:
-            for frozen in self.study.get_trials(deepcopy=False):
+            for frozen in all_trials(self.study):
                 if TRIAL_ID in frozen.user_attrs:
                     self.numbers.setdefault(frozen.user_attrs[TRIAL_ID], frozen.number)
         return self.numbers.get(trial_id)
 
     def frozen(self, number: int) -> FrozenTrial:
         """Return a trial as it is stored."""
-        return self.study.get_trials(deepcopy=False)[number]
+        return all_trials(self.study)[number]
 
     def trial(self, number: int) -> Trial:
         """Return a trial to write to."""
@@ -141,7 +142,7 @@ class Sweep:
         """Return plain data; the trials of a study in memory are in it."""
         trials = None
         if self._study is not None and isinstance(self._storage, InMemoryStorage):
-            trials = [trial_to_json(t) for t in self._study.get_trials(deepcopy=False)]
+            trials = [trial_to_json(t) for t in all_trials(self._study)]
         return {
             "study": self.name,
             "metrics": self.metrics,

@@ -13,6 +13,7 @@ from ray.air.constants import TRAINING_ITERATION
 
 from studies.ray_endings import Ending
 from studies.ray_trainable import FAILURE, RECORD
+from studies.reading import all_trials
 
 __all__ = ["fail", "finite", "prune", "tell"]
 
@@ -41,7 +42,7 @@ def tell(
         values.append(value)
     if len(values) == 1:  # the last report is told here alone
         step = int(result.get(TRAINING_ITERATION, 0))
-        if step not in study.get_trials(deepcopy=False)[trial.number].intermediate_values:
+        if step not in all_trials(study)[trial.number].intermediate_values:
             trial.report(values[0], step)
     how, reason = ending
     if how is Ending.STOPPED:

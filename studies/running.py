@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL
 
 from bilevel.checkpoint import check_writable, replacing
 from studies.events import Event
+from studies.objectives import front_of
 from studies.plan import Plan, PlanError
 from studies.plan_file import (
     budget_of_text,
@@ -173,9 +174,9 @@ def _run(
             plan.run_in(study, on_event)
         write_spec()
     except KeyboardInterrupt:
-        line = done_line(summary(study.name, study.trials, best_of(study.optuna)))
+        line = done_line(_summary(study))
         raise StoppedError(f"interrupted: {line}; `bilevel study resume {out}` goes on.") from None
-    found = summary(study.name, study.trials, best_of(study.optuna))
+    found = _summary(study)
     if as_json:
         print(json.dumps({**found, "folder": str(out)}, indent=1))
     else:
@@ -184,6 +185,11 @@ def _run(
         raise NoResultError(f"no trial is complete; `bilevel study show {out} 0` says why.")
     if not quiet and not as_json:
         print(f"next: bilevel study dashboard {out}", file=sys.stderr)
+
+
+def _summary(study: Study) -> dict[str, Any]:
+    best = study.optuna
+    return summary(study.name, study.trials, best_of(best), front_of(best))
 
 
 def _source(source: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from studies.objectives import front_of
+from studies.reading import all_trials
 from studies.record import TrialRecord
 from studies.stored import StoredStudy, best_of
 from studies.summary import describe_values, done_line, summary
@@ -28,7 +29,7 @@ def status_of(study: StoredStudy) -> dict[str, Any]:
     ``state`` is "running"; "interrupted", where trials are unfinished and nobody runs them;
     "complete", where it has the trials that it is to have; else "idle".
     """
-    trials = study.optuna.get_trials(deepcopy=False)
+    trials = all_trials(study.optuna)
     records = [TrialRecord.of(trial) for trial in trials]
     holder = study.holder()
     open_ = [

@@ -15,6 +15,7 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import sqlalchemy
 from sqlalchemy.engine import URL
 
@@ -35,6 +36,7 @@ __all__ = [
 
 _DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient", "mariadb": "mysqlclient"}
 _SCHEMES = ("sqlite", *_DRIVERS)
+_NETWORK = ("nfs", "cifs", "smb", "fuse.sshfs", "afs")  # how their types of file system begin
 _PASSWORDS = ("password", "passwd", "sslpassword")  # options that hold one
 _EXPECTED = "expected a path to a SQLite file, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
 
@@ -186,8 +188,11 @@ def _check_sqlite(path: Path, create: bool) -> None:
         if not path.parent.is_dir():
             what = "is not a folder" if path.parent.exists() else "does not exist"
             raise StorageError(f"{where}: its folder {str(path.parent)!r} {what}.")
+        _check_local(path)
         check_folder(path.parent, "the storage's folder")
         return
+    if create:
+        _check_local(path)
     if create and not path.stat().st_size:
         return
     fault = find_fault(path)
@@ -197,6 +202,19 @@ def _check_sqlite(path: Path, create: bool) -> None:
         check_folder(path.parent, "the storage's folder")
         if not os.access(path, os.W_OK):
             raise StorageError(f"{where} is read-only.")
+
+
+def _check_local(path: Path) -> None:
+    """Refuse to write where locks and shared memory are not those of one host."""
+    parts = [
+        p for p in psutil.disk_partitions(all=True) if path.resolve().is_relative_to(p.mountpoint)
+    ]
+    kind = max(parts, key=lambda part: len(part.mountpoint)).fstype if parts else ""
+    if kind.startswith(_NETWORK):
+        raise StorageError(
+            f"storage {str(path)!r} is on a network file system ({kind}), where SQLite loses data; "
+            "give a file on a local disk, or postgresql://USER@HOST/DATABASE."
+        )
 
 
 def _reason(error: BaseException) -> str:

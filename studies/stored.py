@@ -113,8 +113,9 @@ class StoredStudy(Readable):
 
     @cached_property
     def space(self) -> Space:
-        """The hyperparameters and their owners."""
-        return Space.from_json(self.settings["space"]) if self.ours else Space()
+        """The hyperparameters and their owners; that of a Tune sweep stands by itself."""
+        stored = self.settings.get("space") or self.optuna.user_attrs.get("space")
+        return Space() if stored is None else Space.from_json(stored)
 
     @property
     def learner_name(self) -> str:

@@ -190,13 +190,14 @@ class Study(Readable):
         return trials_table(self)
 
     def report(self, folder: str | PathLike[str]) -> Path:
-        """Write ``report.html``, one self-contained page, and ``report.png`` into a folder.
+        """Write ``report.html``, one self-contained page, and a PNG of each of its figures.
 
         Returns:
             The path of the page.
 
         Raises:
             StorageError: the folder cannot be written to.
+            ValueError: no trial is complete.
         """
         from studies.report import study_report
 

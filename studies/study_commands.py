@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from studies.early import start_workers_early
 from studies.options import Folder, Own, Quiet, Ray, Trials, Workers
 from studies.printing import Json, print_json, print_result
 from studies.reading_commands import reading_app
@@ -43,6 +44,8 @@ def run(
     json: Json = False,
 ) -> None:
     """Run a study; the same command again goes on with it."""
+    if ray_address is None:
+        start_workers_early(Path(file), workers)
     from studies.running import run_study
 
     given = _given(
@@ -61,6 +64,8 @@ def resume(
     json: Json = False,
 ) -> None:
     """Go on with an interrupted study, or give it more trials."""
+    if ray_address is None:
+        start_workers_early(folder / "spec.json", workers)
     from studies.running import resume_study
 
     given = _given(trials=trials, run=_run(workers, ray_address))

@@ -19,6 +19,7 @@ from bilevel.checkpoint import load
 from studies.doctor import Finding, Level
 from studies.ledger import best_trial
 from studies.locks import coordinator_lock
+from studies.reading import all_trials
 from studies.sqlite_file import find_fault
 from studies.storage import StorageError
 from studies.stored import DATABASE, SPEC, STORAGE_VARIABLE, StoredStudy, read_spec
@@ -52,7 +53,7 @@ def examine_study(folder: Path) -> list[Trouble]:
         return found
     try:
         study = StoredStudy(folder)
-        trials = study.optuna.get_trials(deepcopy=False)
+        trials = all_trials(study.optuna)
     except (StorageError, OSError) as error:
         advice = "restore it from a copy"
         if spec["storage"] is not None:
@@ -235,7 +236,7 @@ def collect(folder: Path, delete: bool) -> dict[str, Any]:
 
 
 def _removable(study: StoredStudy) -> list[tuple[Path, str]]:
-    trials = study.optuna.get_trials(deepcopy=False)
+    trials = all_trials(study.optuna)
     best = best_trial(study.optuna)
     found = [(path, "temporary file") for path in _temporary(study)]
     for trial in trials:
@@ -263,7 +264,7 @@ def _known_artifacts(study: StoredStudy) -> set[str]:
     known = set()
     for name in optuna.get_all_study_names(study.database):
         other = optuna.load_study(study_name=name, storage=study.database)
-        items: list[OptunaStudy | FrozenTrial] = [other, *other.get_trials(deepcopy=False)]
+        items: list[OptunaStudy | FrozenTrial] = [other, *all_trials(other)]
         for item in items:
             metas = get_all_artifact_meta(item, storage=study.database)
             known |= {meta.artifact_id for meta in metas}

@@ -16,7 +16,7 @@ from studies.kept import Kept
 from studies.messages import Assignment, Decision, Outcome, Paused, Reached, Setting, Stalled
 from studies.plain import Plain
 from studies.progress import Progress
-from studies.record import as_metrics
+from studies.record import Failure, as_metrics
 from studies.spaces import sampled_space
 from studies.tuned import Tuned
 
@@ -40,7 +40,6 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
         interrupted: asked between two steps; the trial is paused when it says so.
 
     Raises:
-        FloatingPointError: a value is not finite.
         Exception: whatever the learner raises.
     """
     learner = set_up(setting, trial)
@@ -57,7 +56,10 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
         due = _due(setting, progress)
         if due > passed and progress.status is not RunStatus.DIVERGED:
             passed = due
-            values = progress.values(due)
+            try:
+                values = progress.values(due)
+            except FloatingPointError as error:
+                return progress.failed(Failure("not finite", str(error)))
             kept.look(progress)
             gain, settled = progress.outlook()
             reached = Reached(trial.number, due, values, gain, settled, progress.cost)

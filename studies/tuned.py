@@ -21,6 +21,9 @@ __all__ = ["Tuned"]
 STATIONARY = 1e-3
 """Hypergradient norm, relative to the largest of the trial, at which it has nothing to give."""
 
+PATIENT = 10
+"""Outer steps before which an outer loss may rise: weights change more than hyperparameters yet."""
+
 ACCURATE = 0.1
 """Largest relative error of a hypergradient that counts as known."""
 
@@ -102,7 +105,8 @@ class Tuned(Progress):
 
         The gain is ‖dF/dz‖ ‖Δz‖ with the last move Δz, an upper bound of the first-order one.
         There is none left where the norm has fallen to 1e-3 of its largest and the hypergradient
-        is known to 10 %, or where the outer loss is no lower than before the first step.
+        is known to 10 %, or where the outer loss, in the later half of at least ten steps, was
+        never as low as before the first.
         """
         trace = self._tuning.run.trace
         if not trace:
@@ -117,7 +121,7 @@ class Tuned(Progress):
             settled = "the hypergradient is zero"
         elif norms[-1] <= STATIONARY * largest and (error is None or float(error) <= ACCURATE):
             settled = f"stationary: |dF/dz| fell from {largest:.2g} to {norms[-1]:.2g}"
-        elif len(losses) > 2 and min(losses[-2:]) > losses[0]:
+        elif len(losses) >= PATIENT and min(losses[len(losses) // 2 :]) > losses[0]:
             settled = f"no gain: the outer loss rose from {losses[0]:.4g} to {losses[-1]:.4g}"
         return norms[-1] * self._last_move(), settled
 

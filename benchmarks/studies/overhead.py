@@ -29,28 +29,38 @@ REPEATS = 5
 
 COLD = """
 import sys, tempfile, pathlib
-from adapters import tasks
 from studies import Study
-from tests.studies.trials import Trivial
+from tests.studies.trials import Trivial, nothing
 if __name__ == "__main__":
     trials, workers = int(sys.argv[1]), int(sys.argv[2])
     folder = pathlib.Path(tempfile.mkdtemp())
-    Study("t", Trivial, tasks.get("digits", n_train=100), folder / "t.db", sampler="random").run(
+    Study("t", Trivial, nothing(), folder / "t.db", sampler="random").run(
         trials, 1, workers=workers, executor="pool" if workers > 1 else "in_process")
 """
 
+PLAN = """
+import sys
+from studies import Plan
+from tests.studies.trials import Trivial, nothing
+def plan():
+    return Plan(Trivial, nothing(), trials=10, budget=1, sampler="random")
+"""
 
-def cold(trials: int, workers: int) -> float:
-    """Wall seconds of a fresh process that runs so many trivial trials."""
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:
-        script.write(COLD)
-        script.flush()
+
+def cold(trials: int, workers: int, *, console: bool = False) -> float:
+    """Wall seconds of a fresh process that runs so many trivial trials on a trivial task."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")
+        script.write_text(PLAN if console else COLD)
+        if console:
+            program = str(Path(sys.executable).with_name("bilevel"))
+            command = [program, "study", "run", f"{script}:plan", "--out", f"{folder}/out"]
+            command += ["--trials", str(trials), "--workers", str(workers), "--quiet"]
+        else:
+            command = [sys.executable, "-W", "ignore", str(script), str(trials), str(workers)]
         began = time.perf_counter()
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        subprocess.run(
-            [sys.executable, "-W", "ignore", script.name, str(trials), str(workers)],
-            check=True, env=environment, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        subprocess.run(command, check=True, env=environment, capture_output=True)
         return time.perf_counter() - began
 
 
@@ -138,6 +148,7 @@ def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 10_000
     times: dict[str, list[float]] = {}
     for _ in range(REPEATS):  # interleaved, so that noise hits all alike
+        times.setdefault("10 trials, command line", []).append(cold(10, 2, console=True))
         for name, trials, workers in (
             ("10 trials, pool of 2", 10, 2),
             ("110 trials, pool of 2", 110, 2),
@@ -149,7 +160,10 @@ def main() -> None:
     each = (middle["110 trials, pool of 2"] - middle["10 trials, pool of 2"]) / 100
     late = statistics.median(hang() for _ in range(3))
     rows = {
-        "cold start, 10 trivial trials, pool of 2": f"{middle['10 trials, pool of 2']:.2f} s",
+        "cold start of `bilevel study run`, 10 trivial trials, pool of 2": (
+            f"{middle['10 trials, command line']:.2f} s"
+        ),
+        "same, of a Python script": f"{middle['10 trials, pool of 2']:.2f} s",
         "same, in process": f"{middle['10 trials, in process']:.2f} s",
         "yardstick: imports of torch and optuna": f"{middle['imports of torch and optuna']:.2f} s",
         "each further trivial trial, pool of 2": f"{1000 * each:.1f} ms",

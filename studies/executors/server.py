@@ -20,13 +20,16 @@ def context() -> ForkServerContext:
     return multiprocessing.get_context("forkserver")
 
 
-def start() -> None:
+def start(*modules: str) -> None:
     """Have the server import what workers need, while this process does something else.
 
     It ends with this process; a second call does nothing.  Where the program has such a server
     already, that is used.
+
+    Args:
+        modules: that workers will need beside those of a worker.
     """
-    context().set_forkserver_preload(["studies.worker"])
+    context().set_forkserver_preload(["studies.worker", *modules])
     if threading.current_thread() is not threading.main_thread():
         forkserver.ensure_running()
         return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -118,3 +119,18 @@ def test_lock_excludes_a_second_study_of_the_same_process(tmp_path: Path) -> Non
         coordinator_lock(tmp_path, "s", database),
     ):
         pass
+
+
+def test_sqlite_is_not_written_to_over_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_storage(parse_storage(tmp_path / "x.db"))
+    mounts = [SimpleNamespace(mountpoint="/", fstype="ext4"),
+              SimpleNamespace(mountpoint=str(tmp_path), fstype="nfs4")]  # fmt: skip
+    monkeypatch.setattr("psutil.disk_partitions", lambda all: mounts)
+    for name in ("x.db", "new.db"):
+        with pytest.raises(StorageError, match=r"network file system \(nfs4\), where SQLite loses"):
+            open_storage(parse_storage(tmp_path / name))
+    open_storage(parse_storage(tmp_path / "x.db"), create=False)  # may be looked at
+    mounts[1].fstype = "xfs"
+    open_storage(parse_storage(tmp_path / "new.db"))
