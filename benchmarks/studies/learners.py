@@ -27,7 +27,7 @@ from studies import Study
 from studies.events import Event, Finished, Rung
 from studies.spaces import sampled_space
 
-TOTAL, TRIALS, SEEDS = 4000, 9, 3
+TOTAL, TRIALS, SEEDS = 4000, 9, 5
 RESULTS = Path(__file__).parents[1] / "results" / "studies_learners"
 DESCENT = Descent(Unrolled(steps=10), lr=0.1)
 

@@ -22,7 +22,7 @@ from bilevel.metrics import Cost, Metrics, RunStatus
 from hypergrad import SGD, Estimator, Hypergradient, Problem
 from hypergrad.status import Status
 
-__all__ = ["Closed", "Regression", "Ridge", "ridge"]
+__all__ = ["Closed", "Regression", "Ridge", "regression", "ridge", "sparse"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,21 @@ def regression(dim: int, seed: int, *, rows: int = 60, useful: float = 0.2) -> R
         noise = torch.randn(count, generator=draw, dtype=torch.float64)
         splits[name] = {"x": x, "y": torch.tanh(x) @ weights * 1.5 + noise}
     return Regression("ridge", splits, {"dim": dim, "seed": seed})
+
+
+def sparse(groups: int, seed: int, *, each: int = 5, rows: int = 100) -> Regression:
+    """Groups of independent features of which four count, through tanh, and noise of variance 1."""
+    draw = torch.Generator().manual_seed(seed)
+    weights = torch.zeros(groups, each, dtype=torch.float64)
+    useful = torch.randperm(groups, generator=draw)[:4]
+    weights[useful] = torch.randn(4, each, generator=draw, dtype=torch.float64)
+    weights = 2 * (weights / weights.norm()).flatten()
+    splits = {}
+    for name, count in (("train", rows), ("val", rows), ("test", 2000)):
+        x = torch.randn(count, groups * each, generator=draw, dtype=torch.float64)
+        noise = torch.randn(count, generator=draw, dtype=torch.float64)
+        splits[name] = {"x": x, "y": torch.tanh(x) @ weights + noise}
+    return Regression("ridge", splits, {"groups": groups, "seed": seed})
 
 
 @dataclass(frozen=True)
