@@ -119,5 +119,5 @@ def _refuse(study: optuna.Study, storage: str, lines: list[str]) -> None:
     if lines:
         raise MismatchError(
             f"study {study.study_name!r} in {storage} has other settings: {'; '.join(lines)}; "
-            "go on with the same ones, or use another name."
+            "go on with the same ones, or make another study, which may learn from this one."
         )

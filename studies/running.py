@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ def run_study(
     out: Path,
     overrides: Mapping[str, Any],
     *,
+    learn: Sequence[str] = (),
     storage: str | None,
     quiet: bool,
     as_json: bool,
@@ -62,6 +63,7 @@ def run_study(
         source: ``STUDY.toml``, ``module:function`` or ``FILE.py:function``.
         out: the folder.
         overrides: plain data for `_plan`.
+        learn: folders of studies, databases and CSV files that the sampler learns from.
         storage: database URL; None for SQLite in the folder.
         quiet: no progress.
         as_json: the result as JSON.
@@ -103,8 +105,11 @@ def run_study(
     if not (out / SPEC).exists():  # else with the first event: see _run
         _write_spec(out, spec)
     try:
+        for source in learn:
+            table = source.endswith(".csv")
+            study.learn(Path(source) if table else StoredStudy(source), name=source)
         _run(plan, study, spec, out, quiet, as_json)
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         if new and not study.trials:  # a metric or a budget that cannot be: no reason to keep it
             (out / SPEC).unlink()
             optuna.delete_study(study_name=plan.name, storage=study.database)

@@ -213,12 +213,13 @@ class Study(Readable):
         """
         self._study.enqueue_trial(self.space.to_params(values))
 
-    def learn(self, source: Study | Rows, name: str | None = None) -> int:
+    def learn(self, source: Readable | Rows, name: str | None = None) -> int:
         """Add what is known from elsewhere: the sampler learns from it, nothing is run again.
 
         Args:
-            source: another study, a CSV file, or rows: a mapping for each, with a value for each
-                sampled name and each metric.  Names that only the source has are refused.
+            source: another study, perhaps of a narrower space; a CSV file; or rows: a mapping for
+                each, with a value for each sampled name and each metric.  Names that only the
+                source has are refused.
             name: of the source; by default that of the study or the file.  A source that was
                 added before is not added again.
 
@@ -229,13 +230,13 @@ class Study(Readable):
             ValueError: a row that does not fit; names it, and nothing is added.
         """
         if name is None:
-            name = source.name if isinstance(source, Study) else "table"
+            name = source.name if isinstance(source, Readable) else "table"
             if isinstance(source, str | PathLike):
                 name = Path(source).name
         trials = all_trials(self._study)
         if any(trial.user_attrs.get("imported") == name for trial in trials):
             return 0
-        rows = source.optuna if isinstance(source, Study) else source
+        rows = source.optuna if isinstance(source, Readable) else source
         space = sampled_space(self.space) if samplable(self.space) else self.space
         found = observations(rows, space, self.metrics, name)
         with coordinator_lock(self.files.study, self.name, self.database):

@@ -33,6 +33,10 @@ def run(
     workers: Workers = None,
     seed: Annotated[Optional[int], typer.Option(help="Of the study.", min=0)] = None,  # noqa: UP045
     own: Own = None,
+    learn: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(metavar="DIR|CSV", help="Study or table that the sampler learns from."),
+    ] = None,
     ray_address: Ray = None,
     storage: Annotated[
         Optional[str],  # noqa: UP045
@@ -51,7 +55,7 @@ def run(
     given = _given(
         trials=trials, budget=budget, seed=seed, own=_owners(own), run=_run(workers, ray_address)
     )
-    run_study(file, out, given, storage=storage, quiet=quiet, as_json=json)
+    run_study(file, out, given, learn=learn or (), storage=storage, quiet=quiet, as_json=json)
 
 
 @study_app.command()

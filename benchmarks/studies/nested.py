@@ -23,7 +23,7 @@ from studies import Study
 from studies.schedulers import Halving
 from studies.spaces import sampled_space
 
-SOLVES, SEEDS = 200, 10
+SOLVES, SEEDS = 200, 5
 RESULTS = Path(__file__).parents[1] / "results" / "studies_nested"
 
 Way = Callable[[type[Ridge], Any, Descent, int, Path], Study]

@@ -248,3 +248,32 @@ def test_ctrl_c_and_resume(made: tuple[Path, Ended], tmp_path: Path) -> None:
     assert found["state"] in ("interrupted", "idle")
     done = console("study", "resume", "out", "--json", "--quiet", cwd=tmp_path)
     assert (done.code, done.json["complete"]) == (0, 3)
+
+
+def test_a_wider_study_learns_from_the_narrow_one(tmp_path: Path) -> None:
+    narrow = STUDY.replace("width = 16", "width = { low = 8, high = 16, default = 12 }")
+    run = ("study", "run", "small.toml", "--own", "*=sampler", "--quiet")
+    study_file(tmp_path, narrow)
+    assert console(*run, "--out", "a", cwd=tmp_path).code == 0
+    study_file(tmp_path, narrow.replace("high = 16", "high = 32"))
+    refused = console(*run, "--out", "a", cwd=tmp_path)
+    assert refused.code == 4
+    assert "width: high 16 -> 32" in refused.err
+    assert "may learn from this one" in refused.err
+    done = console(*run, "--out", "b", "--learn", "a", "--trials", 1, cwd=tmp_path)
+    assert done.code == 0, done.err
+    found, first = (StoredStudy(tmp_path / name) for name in ("b", "a"))
+    assert [r.imported for r in found.trials] == [True] * 3 + [False]
+    assert [r.value for r in found.trials[:3]] == [r.value for r in first.trials]
+    # A table, too; one that does not fit leaves nothing behind.
+    names = first.trials[0].params
+    row = ",".join(map(str, names.values()))
+    (tmp_path / "good.csv").write_text(f"{','.join(names)},loss\n{row},0.5\n")
+    assert console(*run, "--out", "c", "--learn", "good.csv", "--trials", 1, cwd=tmp_path).code == 0
+    (tmp_path / "bad.csv").write_text(f"{','.join(names)},loss\n{row},nan\n")
+    for source, said in (("bad.csv", "row 0: expected a finite"), ("no.csv", "no.csv"),
+                         ("nowhere", "there is no folder or database 'nowhere'")):  # fmt: skip
+        wrong = console(*run, "--out", "d", "--learn", source, cwd=tmp_path)
+        assert wrong.code == 2
+        assert said in wrong.err
+        assert not (tmp_path / "d" / "spec.json").exists()
