@@ -35,7 +35,7 @@ LONG = 160
 
 
 def final_values(study: StoredStudy, record: TrialRecord) -> dict[str, Any]:
-    """Return the hyperparameters at the end of a trial.
+    """Return the hyperparameters that came out of a trial.
 
     A tensor that the record holds as quantiles is read from the schedule, which keeps more of
     it; where that has quantiles only, the record's summary stays.
@@ -45,7 +45,9 @@ def final_values(study: StoredStudy, record: TrialRecord) -> dict[str, Any]:
     schedule = study.schedule(record.number) if large else None
     for name in large:
         if schedule is not None and name in schedule:
-            values[name] = schedule[name][_last_row(schedule, record.cost.steps)].tolist()
+            values[name] = schedule[name][
+                _last_row(schedule, record.at or record.cost.steps)
+            ].tolist()
     return values
 
 
@@ -115,6 +117,9 @@ def trial_view(study: StoredStudy, number: int) -> RenderableType:
         head.add_row("failure", Text(str(record.failure)))
     if record.status:
         head.add_row("ended", record.status)
+    if record.at is not None:
+        best = f"after {record.at} of {record.cost.steps} steps: values and weights are of then"
+        head.add_row("best", best)
     if record.rungs:
         at = "  ".join(f"{rung}={value:.4f}" for rung, value in sorted(record.rungs.items()))
         head.add_row("rungs", at)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import optuna
+import psutil
 import pytest
 
 from adapters import tasks
@@ -75,6 +78,42 @@ def test_a_worker_that_dies_again_fails_the_trial_and_not_the_study(
     monkeypatch.setenv("BEHAVING_FOLDER", str(tmp_path))
     found = behaving(tmp_path, "die").run(2, 10, executor="pool")
     assert [str(r.failure) for r in found.trials] == ["died: worker died (signal 9)"] * 2
+
+
+HANGING = """
+import sys
+from pathlib import Path
+from tests.studies.test_executors import behaving
+behaving(Path(sys.argv[1]), "hang").run(
+    2, 10, workers=2, on_event=lambda event: print(type(event).__name__, flush=True))
+"""
+
+
+def test_workers_end_with_a_killed_coordinator_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-c", HANGING, str(tmp_path)],
+        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert child.stdout is not None
+    assert [child.stdout.readline() for _ in range(2)] == ["Started\n"] * 2
+    family = psutil.Process(child.pid).children(recursive=True)
+    assert len(family) >= 3  # the server of workers and two of them
+    child.kill()
+    child.wait()
+    child.stdout.close()
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+
+def test_a_worker_has_the_environment_of_its_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server of workers is older."""
+    for how in ("first", "second"):
+        (tmp_path / how).mkdir()
+        monkeypatch.setenv("BEHAVING_FOLDER", str(tmp_path / how))
+        behaving(tmp_path / how, "die once").run(1, 10, executor="pool")
+        assert (tmp_path / how / "died").exists()
 
 
 def test_a_trial_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:

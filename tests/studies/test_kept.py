@@ -9,9 +9,13 @@ import optuna
 import pytest
 
 from adapters import tasks
+from benchmarks.studies.ridge import Closed, regression, ridge
+from bilevel import Budget, Descent
 from bilevel.metrics import Metrics
 from studies import MismatchError, Study
 from studies.events import Event, Rung
+from studies.look import final_values
+from studies.stored import StoredStudy
 from tests.studies.test_study import study
 from tests.studies.trials import Walker
 
@@ -126,3 +130,14 @@ def test_nobody_starts_from_values_that_made_it_worse(tmp_path: Path) -> None:
             assert kept[record.start]
             better = sorted(r.value or 0.0 for r in found.trials[: record.number] if kept[r.number])
             assert (found.trials[record.start].value or 0.0) in better[: (len(better) + 1) // 2]
+
+
+def test_long_tensors_are_read_as_of_the_best_rung(tmp_path: Path) -> None:
+    found = Study("r", ridge(20), regression(20, 0), tmp_path / "r.db",
+                  algorithm=Descent(Closed(), lr=3.0))  # fmt: skip
+    best = found.run(1, Budget(equivalent_steps=80), scheduler="fifo").best
+    assert best.at is not None  # the step is so long that the end is not the best
+    assert isinstance(best.hparams["penalty"], dict)  # quantiles of twenty
+    learner: Any = found.trained()
+    read = final_values(StoredStudy(tmp_path / "r.db"), best)["penalty"]
+    assert read == pytest.approx(learner.hparams["penalty"].tolist(), rel=1e-6)
