@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
@@ -18,10 +18,9 @@ from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.checks import did_you_mean, integer
 from bilevel.space import Space
+from studies.arguments import Direction
 from studies.events import Event
 from studies.study import Study
-
-Direction = Literal["minimize", "maximize"]
 
 __all__ = ["Plan", "PlanError", "run_options", "study_options"]
 

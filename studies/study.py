@@ -20,6 +20,7 @@ from bilevel.budget import Budget
 from bilevel.checks import integer, real
 from bilevel.space import Space
 from studies.agreement import agree, agree_on_run, settings
+from studies.arguments import Direction, check_run, directions, metric_names
 from studies.bracket import Brackets
 from studies.coordinator import Coordinator, Limits
 from studies.events import Event, Stalled
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 __all__ = ["Study"]
-
-Direction = Literal["minimize", "maximize"]
 
 
 class Study(Readable):
@@ -106,8 +105,8 @@ class Study(Readable):
     ) -> None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"name must be a text that is not empty, but got {name!r}.")
-        self.metrics = _names("metric", metric)
-        self.directions = _directions(direction, len(self.metrics))
+        self.metrics = metric_names(metric)
+        self.directions = directions(direction, len(self.metrics))
         self.constraints = {
             name: real(f"constraints[{name!r}]", limit)
             for name, limit in (constraints or {}).items()
@@ -301,23 +300,12 @@ class Study(Readable):
                 its range.
             KeyboardInterrupt: the study can be run again to go on.
         """
-        integer("trials", trials, minimum=1)
-        integer("rungs", rungs, minimum=1)
-        integer("retries", retries, minimum=0)
-        if not 0 <= max_failed <= 1:
-            raise ValueError(f"max_failed must be in [0, 1], but got {max_failed!r}.")
-        if trial_seconds is not None and not trial_seconds > 0:
-            raise ValueError(f"trial_seconds must be positive, but got {trial_seconds!r}.")
-        if checkpoint_seconds is not None and not checkpoint_seconds >= 0:
-            raise ValueError(f"checkpoint_seconds must be >= 0, but got {checkpoint_seconds!r}.")
-        if keep not in ("best", "last"):
-            raise ValueError(f"keep must be 'best' or 'last', but got {keep!r}.")
+        check_run(trials, rungs, retries, max_failed, trial_seconds, checkpoint_seconds, keep)
         if workers is not None:
             integer("workers", workers, minimum=1)
         config = executor_config(executor, workers, killing=trial_seconds is not None)
         policy = choose_scheduler(scheduler, self.space, self._study)
         budget = Budget.of(budget)
-        config.prepare()
         told = on_event or (lambda event: None)
         with coordinator_lock(self.files.study, self.name, self.database):
             grid = first_points(policy, self.space, self.seed) if self._sampler_is_default else []
@@ -331,6 +319,7 @@ class Study(Readable):
             )  # fmt: skip
             if not ledger.unfinished(trials):
                 return self
+            config.prepare()
             rehearse(setting, self._assignment(0, self.space.defaults(), bool(self.space.grad)))
             brackets = Brackets(ledger, policy, ladder, self.space, keep, grid)
 
@@ -382,22 +371,3 @@ class Study(Readable):
             gradient=gradient,
             checkpoint=self.files.checkpoint(number).absolute(),
         )
-
-
-def _directions(direction: Direction | Sequence[Direction], count: int) -> list[Direction]:
-    directions = [direction] * count if isinstance(direction, str) else list(direction)
-    for one in directions:
-        if one not in ("minimize", "maximize"):
-            raise ValueError(f"direction must be 'minimize' or 'maximize', but got {one!r}.")
-    if len(directions) != count:
-        raise ValueError(f"direction: {count} metrics, but got {directions}.")
-    return directions
-
-
-def _names(what: str, given: str | Sequence[str]) -> tuple[str, ...]:
-    names = (given,) if isinstance(given, str) else given
-    if not (isinstance(names, Sequence) and names and all(isinstance(n, str) for n in names)):
-        raise ValueError(f"{what} must be a name or a list of names, but got {given!r}.")
-    if len(set(names)) < len(names):
-        raise ValueError(f"{what}: names must be unique, but got {list(names)}.")
-    return tuple(names)
