@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import math
 import time
 from collections.abc import Callable, Generator
 from typing import cast
@@ -80,13 +79,15 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
         if cadence.due() and not progress.status.finished:
             yield from _store(progress, kept, trial)
             cadence.stored()
-    whole = progress.status not in (RunStatus.PRUNED, RunStatus.DIVERGED)
-    if whole and math.isfinite(progress.validated().get("loss", 0.0)):
+    last_state = progress.outcome(evaluate_test=False)
+    whole = last_state.record.state == "complete"
+    if whole:
         kept.look(progress)
     yield from _store(progress, kept, trial)  # the state that `restore` reads
-    if whole:
-        kept.put_back(progress)
-    return progress.outcome(evaluate_test=progress.status is not RunStatus.PRUNED)
+    if not whole:
+        return last_state
+    kept.put_back(progress)
+    return progress.outcome(evaluate_test=True)
 
 
 def rehearse(setting: Setting, trial: Assignment) -> None:

@@ -11,7 +11,7 @@ import pytest
 from adapters import tasks
 from benchmarks.studies.ridge import Closed, regression, ridge
 from bilevel import Budget, Descent
-from bilevel.metrics import Metrics
+from bilevel.metrics import Metrics, RunStatus
 from studies import MismatchError, Study
 from studies.events import Event, Rung
 from studies.look import final_values
@@ -141,3 +141,24 @@ def test_long_tensors_are_read_as_of_the_best_rung(tmp_path: Path) -> None:
     learner: Any = found.trained()
     read = final_values(StoredStudy(tmp_path / "r.db"), best)["penalty"]
     assert read == pytest.approx(learner.hparams["penalty"].tolist(), rel=1e-6)
+
+
+class Breaking(Walker):
+    """Is lost at its last step, which is no rung."""
+
+    def step(self) -> Metrics:
+        """Walk, and stop at the eleventh step with no number."""
+        found = super().step()
+        if self.steps < 11:
+            return found
+        self.at = self.at * float("nan")
+        return Metrics({"loss": 1.0}, status=RunStatus.CONVERGED, cost=found.cost)
+
+
+def test_a_trial_that_ends_without_a_number_fails_whatever_came_before(tmp_path: Path) -> None:
+    space = Breaking.space.fix(pace=0.0)
+    found = Study("b", Breaking, TASK, tmp_path / "b.db", space=space, sampler="random")
+    (record,) = found.run(1, 20, rungs=5).trials
+    assert set(record.rungs) == {1, 2}
+    assert str(record.failure) == "not finite: val loss is nan after 11 steps"
+    assert record.cost.steps == 11
