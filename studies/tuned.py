@@ -24,6 +24,9 @@ STATIONARY = 1e-3
 PATIENT = 10
 """Outer steps before which an outer loss may rise: weights change more than hyperparameters yet."""
 
+SURE = 3
+"""The same with hypergradients of an inner solution whose error is known: weights stay there."""
+
 ACCURATE = 0.1
 """Largest relative error of a hypergradient that counts as known."""
 
@@ -105,8 +108,8 @@ class Tuned(Progress):
 
         The gain is ‖dF/dz‖ ‖Δz‖ with the last move Δz, an upper bound of the first-order one.
         There is none left where the norm has fallen to 1e-3 of its largest and the hypergradient
-        is known to 10 %, or where the outer loss, in the later half of at least ten steps, was
-        never as low as before the first.
+        is known to 10 %, or where the outer loss, in the later half of at least ten steps (three,
+        if the hypergradient is known), was never as low as before the first.
         """
         trace = self._tuning.run.trace
         if not trace:
@@ -115,13 +118,15 @@ class Tuned(Progress):
         losses = [float(row["outer_loss"] or 0.0) for row in trace]
         bound, residual = trace[-1]["error_bound"], trace[-1]["residual"]
         error = float(bound) / max(norms[-1], 1e-300) if bound is not None else residual
+        known = error is not None and float(error) <= ACCURATE
+        patience = SURE if known else PATIENT
         largest = max(norms)
         settled = ""
         if largest == 0:
             settled = "the hypergradient is zero"
         elif norms[-1] <= STATIONARY * largest and (error is None or float(error) <= ACCURATE):
             settled = f"stationary: |dF/dz| fell from {largest:.2g} to {norms[-1]:.2g}"
-        elif len(losses) >= PATIENT and min(losses[len(losses) // 2 :]) > losses[0]:
+        elif len(losses) >= patience and min(losses[len(losses) // 2 :]) > losses[0]:
             settled = f"no gain: the outer loss rose from {losses[0]:.4g} to {losses[-1]:.4g}"
         return norms[-1] * self._last_move(), settled
 
