@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
+from studies.collector import imports
 from studies.completion import learner_names, task_names
 from studies.printing import Json, print_result
 from studies.study_commands import study_app
@@ -147,8 +148,9 @@ def tune(
     Defaults, random search, TPE, gradient tuning, and TPE with gradients, all at the same cost
     and over several seeds.  Prints a table, and writes a report, figures and the studies.
     """
-    from adapters import tasks
-    from studies.job import run_comparison
+    with imports():
+        from adapters import tasks
+        from studies.job import run_comparison
 
     if noise is None and task in tasks.names() and "noise" in tasks.option_names(task):
         noise = 0.3
@@ -170,8 +172,9 @@ def tune(
 @app.command("list")
 def list_(json: Json = False) -> None:
     """List tasks, learners, algorithms and estimators."""
-    from studies.listing import listing
-    from studies.tables import names_table
+    with imports():
+        from studies.listing import listing
+        from studies.tables import names_table
 
     found = listing()
     if json:
@@ -188,7 +191,8 @@ def show(
     json: Json = False,
 ) -> None:
     """Show the studies of a storage and their best trials."""
-    from studies.listing import show_table, stored_studies
+    with imports():
+        from studies.listing import show_table, stored_studies
 
     studies = stored_studies(storage)
     print_result(_json.dumps(studies, indent=1) if json else show_table(studies))
@@ -199,8 +203,9 @@ def doctor(json: Json = False) -> None:
     """Check versions, devices and conflicting packages."""
     from dataclasses import asdict
 
-    from studies.doctor import examine
-    from studies.tables import findings_table
+    with imports():
+        from studies.doctor import examine
+        from studies.tables import findings_table
 
     findings = examine()
     if json:

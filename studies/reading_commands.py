@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from studies.collector import imports
 from studies.options import Format, Name, Target, Targets, Values
 from studies.printing import Json, print_json, print_result
 
@@ -26,8 +27,9 @@ def status(
     json: Json = False,
 ) -> None:
     """Say who runs a study and how far it is."""
-    from studies.status import status_of, status_view, watch_status
-    from studies.stored import StoredStudy
+    with imports():
+        from studies.status import status_of, status_view, watch_status
+        from studies.stored import StoredStudy
 
     study = StoredStudy(target, name)
     if watch and not json:
@@ -52,8 +54,9 @@ def best(
     json: Json = False,
 ) -> None:
     """Show the best trial, or print its hyperparameters for another program."""
-    from studies.look import best_values, trial_data, trial_view
-    from studies.stored import StoredStudy
+    with imports():
+        from studies.look import best_values, trial_data, trial_view
+        from studies.stored import StoredStudy
 
     study = StoredStudy(target, name)
     number = study.best.number
@@ -79,10 +82,11 @@ def show(
     json: Json = False,
 ) -> None:
     """Show a trial with everything that is stored of it, or all trials in a table."""
-    from studies.look import trial_data, trial_view
-    from studies.stored import StoredStudy
-    from studies.summary import as_json
-    from studies.tables import trials_table
+    with imports():
+        from studies.look import trial_data, trial_view
+        from studies.stored import StoredStudy
+        from studies.summary import as_json
+        from studies.tables import trials_table
 
     study = StoredStudy(target, name)
     if number is None:
@@ -103,8 +107,9 @@ def compare(
     json: Json = False,
 ) -> None:
     """Put studies side by side: best trials, costs, and which settings differ."""
-    from studies.look import compared, compared_view
-    from studies.stored import StoredStudy
+    with imports():
+        from studies.look import compared, compared_view
+        from studies.stored import StoredStudy
 
     if len(targets) < 2:
         raise ValueError(f"compare needs at least two studies, but got {targets}.")
@@ -127,8 +132,9 @@ def export(
     ] = None,
 ) -> None:
     """Write all trials as a table, one row each."""
-    from studies.export import export_study
-    from studies.stored import StoredStudy
+    with imports():
+        from studies.export import export_study
+        from studies.stored import StoredStudy
 
     export_study(StoredStudy(target, name), form.value, to)
 
@@ -143,8 +149,9 @@ def dashboard(
     ] = False,
 ) -> None:
     """Serve the study's pages on this machine, at an address with a secret, until Ctrl-C."""
-    from studies.dashboard import Dashboard
-    from studies.stored import StoredStudy
+    with imports():
+        from studies.dashboard import Dashboard
+        from studies.stored import StoredStudy
 
     served = Dashboard.of(StoredStudy(target, name), port, write=write)
     print_result(served.url)
@@ -167,8 +174,9 @@ def report(
     json: Json = False,
 ) -> None:
     """Write one self-contained HTML page with all figures, and each figure as PNG."""
-    from studies.report import write_report
-    from studies.stored import StoredStudy
+    with imports():
+        from studies.report import write_report
+        from studies.stored import StoredStudy
 
     study = StoredStudy(target, name)
     page, *pictures = map(str, write_report(study, to or study.folder / "report"))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from studies.collector import imports
 from studies.early import start_workers_early
 from studies.options import Folder, Own, Quiet, Ray, Trials, Workers
 from studies.printing import Json, print_json, print_result
@@ -50,7 +51,8 @@ def run(
     """Run a study; the same command again goes on with it."""
     if ray_address is None:
         start_workers_early(Path(file), workers)
-    from studies.running import run_study
+    with imports():
+        from studies.running import run_study
 
     given = _given(
         trials=trials, budget=budget, seed=seed, own=_owners(own), run=_run(workers, ray_address)
@@ -70,7 +72,8 @@ def resume(
     """Go on with an interrupted study, or give it more trials."""
     if ray_address is None:
         start_workers_early(folder / "spec.json", workers)
-    from studies.running import resume_study
+    with imports():
+        from studies.running import resume_study
 
     given = _given(trials=trials, run=_run(workers, ray_address))
     resume_study(folder, given, quiet=quiet, as_json=json)

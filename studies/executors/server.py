@@ -29,7 +29,7 @@ def start(*modules: str) -> None:
     Args:
         modules: that workers will need beside those of a worker.
     """
-    context().set_forkserver_preload(["studies.worker", *modules])
+    context().set_forkserver_preload(["studies.executors.preload", *modules])
     if threading.current_thread() is not threading.main_thread():
         forkserver.ensure_running()
         return
