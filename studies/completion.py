@@ -7,7 +7,8 @@ from pathlib import Path
 __all__ = ["SPEC", "learner_names", "study_folders", "task_names"]
 
 SPEC = "spec.json"
-"""As `studies.stored.SPEC`, whose import takes seconds: too long for a key press."""
+"""File in a study's folder: what it was started with.  Here, since other modules take seconds to
+import: too long for a key press."""
 
 
 def study_folders(incomplete: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,14 +12,14 @@ from studies.executors import server
 __all__ = ["start_workers_early"]
 
 
-def start_workers_early(source: Path, workers: int | None) -> None:
+def start_workers_early(given: Mapping[str, Any], file: Path | None = None) -> None:
     """Start the server of worker processes, where a study is going to have several.
 
     Args:
-        source: ``STUDY.toml``, or the ``spec.json`` of a study's folder.
-        workers: those of the command line; None where it does not say.
+        given: arguments of `Study.run` from the command line.
+        file: ``STUDY.toml``, with those that the command line leaves out.
     """
-    run = {**_run_table(source), **({} if workers is None else {"workers": workers})}
+    run = {**({} if file is None else _run_table(file)), **given}
     executor = run.get("executor", "auto")
     name = executor.get("name") if isinstance(executor, Mapping) else executor
     several = isinstance(run.get("workers"), int) and run["workers"] > 1
@@ -28,13 +27,12 @@ def start_workers_early(source: Path, workers: int | None) -> None:
         server.start("studies.cli")
 
 
-def _run_table(source: Path) -> dict[str, Any]:
+def _run_table(file: Path) -> dict[str, Any]:
     """How a study is run; empty for what is no table: reading it properly comes later."""
-    if source.suffix not in (".toml", ".json") or not source.is_file():
+    if file.suffix != ".toml" or not file.is_file():
         return {}
     try:
-        text = source.read_text(encoding="utf-8")
-        table = tomllib.loads(text) if source.suffix == ".toml" else json.loads(text)
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # said in a sentence by whoever needs the rest of it
         return {}
     run = table.get("run")

@@ -26,7 +26,7 @@ from studies.reading import all_trials
 from studies.record import TrialRecord
 from studies.sampling import SeededSampler
 
-__all__ = ["Ledger", "best_trial", "signs"]
+__all__ = ["Ledger", "best_trial", "front_trials", "signs"]
 
 MAX_DEATHS = 10
 """Deaths of the whole process at one checkpoint of a trial before that trial is given up."""
@@ -45,6 +45,11 @@ def signs(study: optuna.Study) -> tuple[int, ...]:
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
     """Return the feasible complete trial with the best (first) value, among equals the first."""
     return _best(all_trials(study), signs(study)[0])
+
+
+def front_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the study's own feasible complete trials that no other one dominates, in order."""
+    return [trial for trial in study.best_trials if "imported" not in trial.user_attrs]
 
 
 def _best(trials: Iterable[FrozenTrial], sign: int) -> FrozenTrial | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import optuna
 
-from studies.ledger import best_trial, signs
+from studies.ledger import best_trial, front_trials, signs
 from studies.readable import Readable
 from studies.record import TrialRecord
 
@@ -40,7 +40,7 @@ def front_of(study: optuna.Study) -> list[TrialRecord]:
     """Return the study's own best compromises in order; none with one objective."""
     if len(study.directions) == 1:
         return []
-    return [r for trial in study.best_trials if not (r := TrialRecord.of(trial)).imported]
+    return [TrialRecord.of(trial) for trial in front_trials(study)]
 
 
 def ranked(study: Readable) -> list[TrialRecord]:

@@ -11,6 +11,7 @@ from optuna.trial import FrozenTrial
 from bilevel.schedule import Schedule
 from bilevel.space import Space
 from studies.files import Files
+from studies.ledger import front_trials
 from studies.messages import SCHEDULE
 from studies.reading import all_trials
 from studies.record import TrialRecord
@@ -54,8 +55,7 @@ class Readable(ABC):
     @property
     def front(self) -> list[TrialRecord]:
         """The feasible complete trials that no other one dominates, in order."""
-        best = [TrialRecord.of(trial) for trial in self.optuna.best_trials]
-        return [record for record in best if not record.imported]
+        return [TrialRecord.of(trial) for trial in front_trials(self.optuna)]
 
     def trial(self, number: int) -> FrozenTrial:
         """Return a trial as Optuna stores it.

@@ -15,6 +15,7 @@ import optuna
 
 from bilevel.checks import did_you_mean
 from bilevel.space import Space
+from studies.completion import SPEC
 from studies.files import Files
 from studies.ledger import best_trial
 from studies.locks import lock_holder
@@ -37,9 +38,6 @@ __all__ = [
     "best_of",
     "read_spec",
 ]
-
-SPEC = "spec.json"
-"""File in a study's folder: what it was started with."""
 
 DATABASE = "study.db"
 """SQLite file in a study's folder."""

@@ -49,14 +49,12 @@ def run(
     json: Json = False,
 ) -> None:
     """Run a study; the same command again goes on with it."""
-    if ray_address is None:
-        start_workers_early(Path(file), workers)
+    where = _run(workers, ray_address)
+    start_workers_early(where, Path(file))
     with imports():
         from studies.running import run_study
 
-    given = _given(
-        trials=trials, budget=budget, seed=seed, own=_owners(own), run=_run(workers, ray_address)
-    )
+    given = _given(trials=trials, budget=budget, seed=seed, own=_owners(own), run=where)
     run_study(file, out, given, learn=learn or (), storage=storage, quiet=quiet, as_json=json)
 
 
@@ -70,12 +68,12 @@ def resume(
     json: Json = False,
 ) -> None:
     """Go on with an interrupted study, or give it more trials."""
-    if ray_address is None:
-        start_workers_early(folder / "spec.json", workers)
+    where = _run(workers, ray_address)
+    start_workers_early(where)
     with imports():
         from studies.running import resume_study
 
-    given = _given(trials=trials, run=_run(workers, ray_address))
+    given = _given(trials=trials, run=where)
     resume_study(folder, given, quiet=quiet, as_json=json)
 
 

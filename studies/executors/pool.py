@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
@@ -35,7 +35,7 @@ class _Limits:
 
     threads: int
     memory: int | None
-    environment: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str]
 
 
 class _Process:
@@ -88,7 +88,7 @@ class Pool(Executor):
         self._file.flush()
         if threads is None:  # one worker computes as this process would, to the last bit
             threads = min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // workers))
-        self._limits = _Limits(threads, memory)
+        self._threads, self._memory = threads, memory
         # Nothing is ever written: it closes when this process ends, however that happens.
         self._ending, self._alive = server.context().Pipe(duplex=False)
         dealt = [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
@@ -170,10 +170,10 @@ class Pool(Executor):
 
     def _spawn(self, gpu: int | None) -> _Process:
         ours, theirs = server.context().Pipe()
-        variables = {**os.environ, "OMP_NUM_THREADS": str(self._limits.threads)}
+        variables = {**os.environ, "OMP_NUM_THREADS": str(self._threads)}
         if gpu is not None:
             variables["CUDA_VISIBLE_DEVICES"] = str(gpu)  # read when CUDA is first used
-        limits = replace(self._limits, environment=variables)
+        limits = _Limits(self._threads, self._memory, variables)
         process = server.context().Process(
             target=_serve, args=(theirs, self._ending, self._file.name, limits), daemon=True
         )

@@ -47,6 +47,22 @@ def scalars_are_converted(folder: Path) -> None:
 
 
 @contextmanager
+def child_that_says(word: str, code: str, folder: Path) -> Iterator[int]:
+    """Python code in another process, from when it says a word; yields its id."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert child.stdout is not None
+    try:
+        assert child.stdout.readline() == f"{word}\n"
+        yield child.pid
+    finally:
+        child.kill()
+        child.wait()
+        child.stdout.close()
+
+
+@contextmanager
 def running_elsewhere(folder: Path) -> Iterator[int]:
     """Another process in the middle of the first trial of the study; yields its id."""
     code = (
@@ -55,17 +71,8 @@ def running_elsewhere(folder: Path) -> Iterator[int]:
         "tell = lambda event: print(type(event).__name__, flush=True)\n"
         "opened(Path(sys.argv[1]), space).run(1, 10, on_event=tell)"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    assert child.stdout is not None
-    try:
-        assert child.stdout.readline() == "Started\n"
-        yield child.pid
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    with child_that_says("Started", code, folder) as pid:
+        yield pid
 
 
 def second_writer_is_refused(folder: Path) -> None:
@@ -103,18 +110,8 @@ def running_elsewhere_at_console(folder: Path) -> Iterator[int]:
         "with coordinator_lock(study.files.study, study.name, study.database):\n"
         "    print('held', flush=True); time.sleep(600)"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder / "out")],
-        stdout=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert child.stdout is not None
-    try:
-        assert child.stdout.readline() == "held\n"
-        yield child.pid
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    with child_that_says("held", code, folder / "out") as pid:
+        yield pid
 
 
 def artifacts_outside_are_not_read(folder: Path) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,9 @@ from typing import Any
 from unittest import mock
 
 from studies.cli import main
+from tests.signals import interruptible
 
-__all__ = ["STUDY", "Ended", "console", "study_file"]
+__all__ = ["STUDY", "Ended", "console", "five_trials", "interrupted_run", "study_file"]
 
 STUDY = """
 name = "small"
@@ -74,3 +77,26 @@ def console(*args: object, cwd: Path) -> Ended:
     finally:
         os.chdir(before)
     return Ended(code, out.getvalue(), err.getvalue())
+
+
+def five_trials(folder: Path) -> Path:
+    """Run the study with five trials; returns its folder."""
+    study_file(folder, STUDY.replace("trials = 3", "trials = 5"))
+    done = console("study", "run", "small.toml", "--out", "out", "--quiet", cwd=folder)
+    assert done.code == 0, done.err
+    return folder / "out"
+
+
+def interrupted_run(folder: Path) -> Ended:
+    """Run the study file in a process of its own, with Ctrl-C after its first line."""
+    command = [sys.executable, "-m", "bilevel", "study", "run", "small.toml", "--out", "out"]
+    process = subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        preexec_fn=interruptible,
+    )  # fmt: skip
+    assert process.stderr is not None
+    first = process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    return Ended(process.returncode, out, first + err)

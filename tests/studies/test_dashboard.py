@@ -17,7 +17,7 @@ import pytest
 
 from studies.locks import coordinator_lock
 from studies.stored import StoredStudy
-from tests.studies.console import STUDY, console, study_file
+from tests.studies.console import console, five_trials
 
 pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
 
@@ -35,11 +35,7 @@ TITLES = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of five trials."""
-    folder = tmp_path_factory.mktemp("study")
-    study_file(folder, STUDY.replace("trials = 3", "trials = 5"))
-    done = console("study", "run", "small.toml", "--out", "out", "--quiet", cwd=folder)
-    assert done.code == 0, done.err
-    return folder / "out"
+    return five_trials(tmp_path_factory.mktemp("study"))
 
 
 @dataclass

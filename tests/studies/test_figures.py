@@ -23,7 +23,7 @@ from studies.interactive import interactive
 from studies.pictures import write_picture
 from studies.plots import FIGURES, figures
 from studies.stored import StoredStudy
-from tests.studies.console import STUDY, console, study_file
+from tests.studies.console import console, five_trials
 from tests.studies.trials import Behaving, Trivial
 
 EVERYWHERE = ["values", "importance", "hypergradient_norms", "paths", "schedule"]
@@ -78,11 +78,7 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Study:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> StoredStudy:
     """A study of five trials."""
-    folder = tmp_path_factory.mktemp("study")
-    study_file(folder, STUDY.replace("trials = 3", "trials = 5"))
-    done = console("study", "run", "small.toml", "--out", "out", "--quiet", cwd=folder)
-    assert done.code == 0, done.err
-    return StoredStudy(folder / "out")
+    return StoredStudy(five_trials(tmp_path_factory.mktemp("study")))
 
 
 def curves(chart: Chart) -> Curves:

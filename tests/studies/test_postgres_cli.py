@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,12 +14,10 @@ import pytest
 from studies.locks import LockedError, coordinator_lock
 from studies.storage import open_storage, parse_storage
 from studies.stored import STORAGE_VARIABLE
-from tests.signals import interruptible
 from tests.studies.bad import one_sentence
-from tests.studies.console import STUDY, Ended, console, study_file
+from tests.studies.console import STUDY, Ended, console, interrupted_run, study_file
 from tests.studies.postgres import server
 
-ROOT = Path(__file__).parents[2]
 PASSWORD = "geheim"
 
 
@@ -60,16 +55,7 @@ def masked(done: Ended, code: int = 0) -> Ended:
 
 def test_from_the_first_trial_to_the_report(tmp_path: Path) -> None:
     study_file(tmp_path, named("whole").replace("budget = 40", "budget = 200"))
-    command = [sys.executable, "-m", "bilevel", "study", "run", "small.toml", "--out", "out"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=interruptible,
-    )  # fmt: skip
-    assert process.stderr is not None
-    first = process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    ended = masked(Ended(process.returncode, out, first + err), 130)
+    ended = masked(interrupted_run(tmp_path), 130)
     assert "`bilevel study resume out` goes on" in ended.err
 
     def study(*args: object) -> Ended:

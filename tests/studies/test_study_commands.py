@@ -7,9 +7,6 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -19,10 +16,7 @@ import yaml
 
 from studies.locks import coordinator_lock
 from studies.stored import StoredStudy
-from tests.signals import interruptible
-from tests.studies.console import STUDY, Ended, console, study_file
-
-ROOT = Path(__file__).parents[2]
+from tests.studies.console import STUDY, Ended, console, interrupted_run, study_file
 
 
 @pytest.fixture(scope="module")
@@ -233,16 +227,9 @@ def test_a_typo_that_shows_late_leaves_no_study_behind(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_and_resume(made: tuple[Path, Ended], tmp_path: Path) -> None:
     study_file(tmp_path, STUDY.replace("budget = 40", "budget = 400"))
-    command = [sys.executable, "-m", "bilevel", "study", "run", "small.toml", "--out", "out"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)}, preexec_fn=interruptible,
-    )  # fmt: skip
-    assert process.stderr is not None
-    process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+    done = interrupted_run(tmp_path)
+    assert done.code == 130, done.err
+    err = done.err
     assert "`bilevel study resume out` goes on" in err
     found = console("study", "status", "out", "--json", cwd=tmp_path).json
     assert found["state"] in ("interrupted", "idle")
