@@ -1,5 +1,5 @@
 """`python -m bilevel`: the command line."""
 
-from studies.cli import main
+from studies.commands.cli import main
 
 main()

@@ -1,5 +1,3 @@
-from .agreement import MismatchError as MismatchError
-from .coordinator import TooManyFailuresError as TooManyFailuresError
 from .events import Finished as Finished
 from .events import Paused as Paused
 from .events import Retried as Retried
@@ -10,11 +8,13 @@ from .executors.base import ExecutorError as ExecutorError
 from .executors.config import Here as Here
 from .executors.config import Processes as Processes
 from .executors.config import RayActors as RayActors
-from .locks import LockedError as LockedError
 from .plan import Plan as Plan
 from .record import Failure as Failure
 from .record import TrialRecord as TrialRecord
-from .schedulers import Fifo as Fifo
-from .schedulers import Halving as Halving
-from .storage import StorageError as StorageError
+from .runner.agreement import MismatchError as MismatchError
+from .runner.coordinator import TooManyFailuresError as TooManyFailuresError
+from .runner.schedulers import Fifo as Fifo
+from .runner.schedulers import Halving as Halving
+from .storage.database import StorageError as StorageError
+from .storage.locks import LockedError as LockedError
 from .study import Study as Study

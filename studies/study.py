@@ -19,34 +19,34 @@ from bilevel.algorithm import OuterAlgorithm
 from bilevel.budget import Budget
 from bilevel.checks import integer, real
 from bilevel.space import Space
-from studies.agreement import agree, agree_on_run, settings
 from studies.arguments import Direction, check_run, directions, metric_names
-from studies.bracket import Brackets
-from studies.coordinator import Coordinator, Limits
 from studies.events import Event, Stalled
 from studies.executors.config import ExecutorConfig, ExecutorName, executor_config
-from studies.files import Files
-from studies.imports import Rows, observations
-from studies.interrupt import deferred_interrupt
-from studies.ledger import Ledger, best_trial, signs
-from studies.locks import coordinator_lock
 from studies.messages import Assignment, Keep, Setting
-from studies.readable import Readable
-from studies.reading import all_trials
 from studies.record import TrialRecord
-from studies.sampling import derive_seed, make_pruner, make_sampler
-from studies.schedulers import Scheduler
-from studies.spaces import check_owners, samplable, sampled_space
-from studies.storage import (
+from studies.runner.agreement import agree, agree_on_run, settings
+from studies.runner.bracket import Brackets
+from studies.runner.coordinator import Coordinator, Limits
+from studies.runner.interrupt import deferred_interrupt
+from studies.runner.ledger import Ledger, best_trial, signs
+from studies.runner.schedulers import Scheduler
+from studies.runner.strategy import choose_scheduler, first_points, fitted
+from studies.runner.trial import rehearse, restore
+from studies.runner.warm import warm_values
+from studies.sampling.imports import Rows, observations
+from studies.sampling.samplers import derive_seed, make_pruner, make_sampler
+from studies.sampling.spaces import check_owners, samplable, sampled_space
+from studies.storage.all_trials import all_trials
+from studies.storage.database import (
     check_folder,
     default_folder,
     masked,
     open_storage,
     parse_storage,
 )
-from studies.strategy import choose_scheduler, first_points, fitted
-from studies.trial import rehearse, restore
-from studies.warm import warm_values
+from studies.storage.files import Files
+from studies.storage.locks import coordinator_lock
+from studies.views.readable import Readable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -69,8 +69,8 @@ class Study(Readable):
         storage: database URL, or path to a SQLite file.
         space: the hyperparameters and their owners.  Default: the learner's.
         algorithm: moves the gradient-owned hyperparameters; needed where there are any.
-        sampler: name (see `studies.sampling.SAMPLERS`) or Optuna sampler.  Default: "tpe".
-        pruner: name (see `studies.sampling.PRUNERS`) or Optuna pruner, asked at rungs.
+        sampler: name (see `studies.sampling.samplers.SAMPLERS`) or Optuna sampler.  Default: "tpe".
+        pruner: name (see `studies.sampling.samplers.PRUNERS`) or Optuna pruner, asked at rungs.
             Default: "none".
         direction: of the objective, or one for each.
         metric: the objective: a name among the metrics of the validation split, or several.
@@ -184,7 +184,7 @@ class Study(Readable):
 
     def table(self) -> Table:
         """Return the trials as a table for a terminal (`rich.print`)."""
-        from studies.tables import trials_table
+        from studies.views.tables import trials_table
 
         return trials_table(self)
 
@@ -198,7 +198,7 @@ class Study(Readable):
             StorageError: the folder cannot be written to.
             ValueError: no trial is complete.
         """
-        from studies.report import study_report
+        from studies.figures.report import study_report
 
         return study_report(self, Path(folder))
 

@@ -25,7 +25,7 @@ from bilevel import Budget, Descent
 from hypergrad import Unrolled
 from studies import Study
 from studies.events import Event, Finished, Rung
-from studies.spaces import sampled_space
+from studies.sampling.spaces import sampled_space
 
 TOTAL, TRIALS, SEEDS = 4000, 9, 5
 RESULTS = Path(__file__).parents[1] / "results" / "studies_learners"

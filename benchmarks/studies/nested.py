@@ -20,8 +20,8 @@ import optuna
 from benchmarks.studies.ridge import Closed, Ridge, regression, ridge, sparse
 from bilevel import Budget, Descent
 from studies import Study
-from studies.schedulers import Halving
-from studies.spaces import sampled_space
+from studies.runner.schedulers import Halving
+from studies.sampling.spaces import sampled_space
 
 SOLVES, SEEDS = 200, 5
 RESULTS = Path(__file__).parents[1] / "results" / "studies_nested"

@@ -35,7 +35,8 @@ def sweep(kind: str, trials: int, folder: str) -> tuple[float, int]:
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
-    from studies.ray import SETTINGS, StudySearcher, tuner
+    from studies.ray import StudySearcher, tuner
+    from studies.ray.door import SETTINGS
 
     space = {"x": FloatDistribution(-1.0, 1.0)}
     for variable in SETTINGS:

@@ -1,6 +1,6 @@
 """What the server of worker processes imports."""
 
-from studies.collector import imports
+from studies.storage.collector import imports
 
 with imports():
-    import studies.worker  # noqa: F401
+    import studies.runner.worker  # noqa: F401

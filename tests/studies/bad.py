@@ -17,8 +17,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from bilevel import Domain, Space
 from studies import MismatchError, StorageError, Study
-from studies.storage import disconnect
-from studies.stored import StoredStudy
+from studies.storage.database import disconnect
+from studies.views.stored import StoredStudy
 from tests.studies.console import Ended, console
 from tests.studies.test_executors import TASK
 from tests.studies.trials import Behaving

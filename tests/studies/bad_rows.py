@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from studies import LockedError, TooManyFailuresError
-from studies.stored import StoredStudy
+from studies.views.stored import StoredStudy
 from tests.studies.bad import TOML, bilevel_run, no_trial_begins, one_sentence, opened
 from tests.studies.console import console
 from tests.studies.trials import Behaving
@@ -104,8 +104,8 @@ def second_writer_is_refused_at_console(folder: Path) -> None:
 def running_elsewhere_at_console(folder: Path) -> Iterator[int]:
     """Another process that holds the lock of the study in ``out``."""
     code = (
-        "import sys, time; from studies.locks import coordinator_lock\n"
-        "from studies.stored import StoredStudy\n"
+        "import sys, time; from studies.storage.locks import coordinator_lock\n"
+        "from studies.views.stored import StoredStudy\n"
         "study = StoredStudy(sys.argv[1])\n"
         "with coordinator_lock(study.files.study, study.name, study.database):\n"
         "    print('held', flush=True); time.sleep(600)"

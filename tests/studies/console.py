@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from studies.cli import main
+from studies.commands.cli import main
 from tests.signals import interruptible
 
 __all__ = ["STUDY", "Ended", "console", "five_trials", "interrupted_run", "study_file"]

@@ -15,7 +15,7 @@ from optuna.storages import InMemoryStorage
 
 from bilevel import Choice, Float, Grad, Int, Space
 from studies import MismatchError, StorageError
-from studies.stored import StoredStudy
+from studies.views.stored import StoredStudy
 from tests.studies.bad import (
     FINE,
     TOML,

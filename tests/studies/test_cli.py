@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.cli import main
+from studies.commands.cli import main
 from tests.signals import interruptible
 
 ROOT = Path(__file__).parents[2]

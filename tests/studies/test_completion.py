@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from studies import completion, stored
+from studies.commands import completion
+from studies.views import stored
 
 BASH = shutil.which("bash")
 ROOT = Path(__file__).parents[2]
@@ -36,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     command = folder / "bin" / "bilevel"
     command.parent.mkdir()
-    command.write_text(f"#!{sys.executable}\nfrom studies.cli import main\n\nmain()\n")
+    command.write_text(f"#!{sys.executable}\nfrom studies.commands.cli import main\n\nmain()\n")
     command.chmod(0o755)
     return folder
 

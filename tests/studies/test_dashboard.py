@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from studies.locks import coordinator_lock
-from studies.stored import StoredStudy
+from studies.storage.locks import coordinator_lock
+from studies.views.stored import StoredStudy
 from tests.studies.console import console, five_trials
 
 pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
 
-from studies.dashboard import Dashboard, DashboardError
+from studies.dashboard.app import Dashboard, DashboardError
 
 TITLES = {
     "values": "Value against cost by owner",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from studies.doctor import OURS, conflicts, examine
+from studies.commands.doctor import OURS, conflicts, examine
 
 HOME = Path("/site-packages")
 ORIGINS: dict[str, Path | None] = {name: HOME / name for name in OURS}
@@ -56,7 +56,7 @@ def test_an_installed_rival_is_found_in_a_real_process(tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.path.append({str(tmp_path)!r})
-from studies.doctor import examine
+from studies.commands.doctor import examine
 print([f.value for f in examine() if f.level == "error"])
 """
     done = subprocess.run(

@@ -17,12 +17,12 @@ from adapters import Method, registry, tasks
 from bilevel import MAID, Budget, Float, Grad, Space
 from bilevel.inexact import Smoothness
 from studies import Study
-from studies.across import importance
-from studies.charts import LONGEST_NAME, Bars, Chart, Curves, HeatMap, short, thin
-from studies.interactive import interactive
-from studies.pictures import write_picture
-from studies.plots import FIGURES, figures
-from studies.stored import StoredStudy
+from studies.figures.across import importance
+from studies.figures.charts import LONGEST_NAME, Bars, Chart, Curves, HeatMap, short, thin
+from studies.figures.interactive import interactive
+from studies.figures.pictures import write_picture
+from studies.figures.plots import FIGURES, figures
+from studies.views.stored import StoredStudy
 from tests.studies.console import console, five_trials
 from tests.studies.trials import Behaving, Trivial
 

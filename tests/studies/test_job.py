@@ -11,10 +11,10 @@ from rich.console import Console
 
 from adapters import registry
 from bilevel import Cost
-from studies import job
+from studies.commands import job
+from studies.commands.listing import show_table
 from studies.compare import Comparison, Row, Way, ways
 from studies.events import Finished, Rung, Started
-from studies.listing import show_table
 from studies.record import Failure, TrialRecord
 
 PLAN = ways(registry.get("network").space, 3000, 8)

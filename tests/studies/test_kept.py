@@ -13,9 +13,9 @@ from benchmarks.studies.ridge import Closed, regression, ridge
 from bilevel import Budget, Descent
 from bilevel.metrics import Metrics, RunStatus
 from studies import MismatchError, Study
+from studies.commands.look import final_values
 from studies.events import Event, Rung
-from studies.look import final_values
-from studies.stored import StoredStudy
+from studies.views.stored import StoredStudy
 from tests.studies.test_study import study
 from tests.studies.trials import Walker
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from studies.objectives import leading, ranked
-from studies.plots import figures
-from studies.stored import StoredStudy
-from studies.tables import trials_table
+from studies.figures.plots import figures
+from studies.views.objectives import leading, ranked
+from studies.views.stored import StoredStudy
+from studies.views.tables import trials_table
 from tests.studies.console import STUDY, console, study_file
 
 MAXIMIZED = STUDY.replace("seed = 5", 'seed = 5\nmetric = "accuracy"\ndirection = "maximize"')

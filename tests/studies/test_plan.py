@@ -12,10 +12,15 @@ import torch
 from adapters import registry
 from bilevel import MAID, Budget, Descent
 from hypergrad import CG, Implicit
+from studies.commands.plan_file import (
+    budget_of_text,
+    plan_from_function,
+    plan_from_table,
+    run_arguments,
+)
 from studies.executors.config import RayActors
 from studies.plan import Plan, PlanError
-from studies.plan_file import budget_of_text, plan_from_function, plan_from_table, run_arguments
-from studies.schedulers import Halving
+from studies.runner.schedulers import Halving
 
 BASE = """
 learner = "network"

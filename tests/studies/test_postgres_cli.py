@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from studies.locks import LockedError, coordinator_lock
-from studies.storage import open_storage, parse_storage
-from studies.stored import STORAGE_VARIABLE
+from studies.storage.database import open_storage, parse_storage
+from studies.storage.locks import LockedError, coordinator_lock
+from studies.views.stored import STORAGE_VARIABLE
 from tests.studies.bad import one_sentence
 from tests.studies.console import STUDY, Ended, console, interrupted_run, study_file
 from tests.studies.postgres import server

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from studies.record import TrialRecord
-from studies.storage import StorageError
-from studies.stored import StoredStudy
+from studies.storage.database import StorageError
+from studies.views.stored import StoredStudy
 from tests.studies.console import console
 from tests.studies.ray_hosts import Host, free_port, new_token, two_hosts
 

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from optuna.trial import Trial
 
-from studies.sampling import PRUNERS, SAMPLERS, derive_seed, make_pruner, make_sampler
+from studies.sampling.samplers import PRUNERS, SAMPLERS, derive_seed, make_pruner, make_sampler
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 

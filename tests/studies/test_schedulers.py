@@ -16,8 +16,8 @@ from benchmarks.studies.ridge import Closed, regression, ridge
 from bilevel import Budget, Choice, Descent, Float, Grad, Int, Space
 from studies import MismatchError, Study
 from studies.events import Event, Paused, Started
-from studies.schedulers import Fifo, Halving, Member, Verdict
-from studies.spaces import combinations, distance, points, sampled_space
+from studies.runner.schedulers import Fifo, Halving, Member, Verdict
+from studies.sampling.spaces import combinations, distance, points, sampled_space
 from tests.studies.test_study import SMALL, numbers, study
 from tests.studies.trials import Trivial
 

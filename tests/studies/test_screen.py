@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from studies import Study
+from studies.commands.screen import progress
 from studies.events import Event, Finished, Paused, Retried, Rung, Stalled, Started
 from studies.executors.config import Processes
-from studies.screen import progress
 from tests.studies.trials import Behaving, Trivial
 
 TASK = "breast_cancer"
@@ -113,7 +113,7 @@ def test_retries_of_a_real_worker_that_died(
 
 
 def test_pauses_of_a_real_bracket(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from studies.schedulers import Halving
+    from studies.runner.schedulers import Halving
 
     study = study_of(tmp_path)
     found: list[Event] = []

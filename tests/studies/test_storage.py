@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from studies.locks import LockedError, coordinator_lock
-from studies.storage import (
+from studies.storage.database import (
     StorageError,
     check_folder,
     default_folder,
@@ -19,6 +18,7 @@ from studies.storage import (
     open_storage,
     parse_storage,
 )
+from studies.storage.locks import LockedError, coordinator_lock
 
 
 @pytest.mark.parametrize(

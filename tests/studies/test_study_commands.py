@@ -14,8 +14,8 @@ import pyarrow.parquet
 import pytest
 import yaml
 
-from studies.locks import coordinator_lock
-from studies.stored import StoredStudy
+from studies.storage.locks import coordinator_lock
+from studies.views.stored import StoredStudy
 from tests.studies.console import STUDY, Ended, console, interrupted_run, study_file
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import optuna
 import pytest
 
-from studies.stored import StoredStudy
-from studies.study_doctor import collect, examine_study
+from studies.commands.study_doctor import collect, examine_study
+from studies.views.stored import StoredStudy
 from tests.studies.console import console, study_file
 
 

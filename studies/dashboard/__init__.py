@@ -1,0 +1,1 @@
+"""optuna-dashboard on this machine alone, with our figures."""

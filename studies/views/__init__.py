@@ -1,0 +1,1 @@
+"""A study as it is read: stored, in a few words, as tables, exported."""

@@ -1,0 +1,98 @@
+"""What can be read of a study, the same for one that is run here and for one in a folder."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import optuna
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial
+
+from bilevel.schedule import Schedule
+from bilevel.space import Space
+from studies.messages import SCHEDULE
+from studies.record import TrialRecord
+from studies.runner.ledger import front_trials
+from studies.storage.all_trials import all_trials
+from studies.storage.files import Files
+
+__all__ = ["Readable"]
+
+
+class Readable(ABC):
+    """A study as figures, tables and reports see it.
+
+    Attributes:
+        name: of the study.
+        database: its storage.
+        files: checkpoints and artifacts.
+    """
+
+    name: str
+    database: RDBStorage
+    files: Files
+
+    @property
+    @abstractmethod
+    def space(self) -> Space:
+        """The hyperparameters and their owners."""
+
+    @property
+    @abstractmethod
+    def optuna(self) -> optuna.Study:
+        """The study as Optuna's object, for its plots, importances and samplers."""
+
+    @property
+    @abstractmethod
+    def best(self) -> TrialRecord:
+        """The feasible complete trial with the best value; among equals the first."""
+
+    @property
+    def trials(self) -> list[TrialRecord]:
+        """All trials in order."""
+        return [TrialRecord.of(trial) for trial in all_trials(self.optuna)]
+
+    @property
+    def front(self) -> list[TrialRecord]:
+        """The feasible complete trials that no other one dominates, in order."""
+        return [TrialRecord.of(trial) for trial in front_trials(self.optuna)]
+
+    def trial(self, number: int) -> FrozenTrial:
+        """Return a trial as Optuna stores it.
+
+        Raises:
+            ValueError: there is no such trial.
+        """
+        trials = all_trials(self.optuna)
+        if not 0 <= number < len(trials):
+            have = f"trials 0 to {len(trials) - 1}" if trials else "no trials yet"
+            raise ValueError(f"study {self.name!r} has {have}, but not trial {number}.")
+        return trials[number]
+
+    def artifacts(self, number: int) -> dict[str, str]:
+        """Return file name -> id of a trial's artifacts; of several of a name the latest."""
+        return self.files.artifacts_of(self.trial(number), self.database)
+
+    def artifact(self, name: str, number: int | None = None) -> str | None:
+        """Return the text of an artifact of a trial, by default of the best; None without one.
+
+        Raises:
+            ValueError: there is no such trial.
+        """
+        found = self.artifacts(self.best.number if number is None else number).get(name)
+        return None if found is None else self.files.read(found)
+
+    def schedule(self, number: int | None = None) -> Schedule | None:
+        """Return the history of the gradient-owned values of a trial, by default of the best.
+
+        None for a trial in which the gradient owned nothing, or that did not finish.
+        """
+        text = self.artifact(SCHEDULE, number)
+        return None if text is None else Schedule.from_json(text)
+
+    def owner(self, record: TrialRecord, name: str) -> str:
+        """Return who moved a hyperparameter in a trial."""
+        if name not in self.space:
+            return "sampler"
+        owner = self.space.owner(name)
+        return "sampler" if owner == "grad" and record.by == "sampler" else owner

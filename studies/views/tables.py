@@ -1,0 +1,115 @@
+"""Tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from studies.commands.doctor import Finding
+from studies.record import TrialRecord
+from studies.views.objectives import leading, objectives
+
+if TYPE_CHECKING:
+    from studies.views.readable import Readable
+
+__all__ = [
+    "findings_table",
+    "names_table",
+    "number",
+    "trial_cells",
+    "trial_headings",
+    "trials_table",
+    "value_text",
+]
+
+
+def number(value: float | None) -> str:
+    """A number in four digits, "-" for none."""
+    return "-" if value is None else f"{value:.4f}"
+
+
+def value_text(value: Any) -> str:
+    """A stored hyperparameter value in a few characters."""
+    if isinstance(value, Mapping):
+        shape = "×".join(map(str, value["shape"]))
+        return f"{shape} values {value['min']:.2g}…{value['max']:.2g}"
+    if isinstance(value, list):
+        return "[" + ", ".join(value_text(v) for v in value) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def trial_headings(study: Readable) -> list[str]:
+    """Headings of `trial_cells`: each objective, and the same metric of the test split."""
+    names = objectives(study.optuna)
+    tests = [name.replace("val ", "test ", 1) for name in names if name.startswith("val ")]
+    return ["trial", "", "state", *names, *tests, "cost"]
+
+
+def trial_cells(study: Readable, record: TrialRecord, lead: Collection[int]) -> list[str]:
+    """Number, mark, state, values and cost of a trial.
+
+    Args:
+        study: of the trial.
+        record: the trial.
+        lead: numbers of the trials that are marked, as the best one or as the front.
+    """
+    names = objectives(study.optuna)
+    mark = "" if record.feasible else "violates"
+    if record.number in lead:
+        mark = "best" if len(names) == 1 else "front"
+    tests = [name.replace("val ", "test/", 1) for name in names if name.startswith("val ")]
+    return [
+        str(record.number),
+        mark,
+        record.state,
+        *([number(value) for value in record.values] or ["-"] * len(names)),
+        *(number(record.metrics.get(test)) for test in tests),
+        str(record.cost.equivalent_steps),
+    ]
+
+
+def trials_table(study: Readable, records: Sequence[TrialRecord] | None = None) -> Table:
+    """One row for each trial of a study, or for some of them; the best one or the front marked."""
+    lead = {record.number for record in leading(study)}
+    table = Table(
+        title=study.name,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in trial_headings(study):
+        numeric = heading not in ("", "state")
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=True)
+    table.add_column("chosen by the sampler", overflow="fold")
+    for record in study.trials if records is None else records:
+        chosen = "  ".join(f"{name}={value_text(value)}" for name, value in record.params.items())
+        text = str(record.failure) if record.failure else chosen
+        style = "bold" if record.number in lead else ""
+        table.add_row(*trial_cells(study, record, lead), Text(text), style=style)
+    return table
+
+
+def names_table(rows: Mapping[str, str]) -> Table:
+    """Names with one line about each."""
+    table = Table(show_header=False, box=None, padding=(0, 1, 0, 2))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, line in rows.items():
+        table.add_row(name, line)
+    return table
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What `bilevel doctor` found."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    colors = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in findings:
+        mark = f"[{colors[finding.level]}]{finding.level}[/]"
+        text = finding.value + (f"\n-> {finding.advice}" if finding.advice else "")
+        table.add_row(mark, finding.topic, text)
+    return table
