@@ -23,15 +23,13 @@ from studies.arguments import Direction, check_run, directions, metric_names
 from studies.events import Event, Stalled
 from studies.executors.config import ExecutorConfig, ExecutorName, executor_config
 from studies.messages import Assignment, Keep, Setting
-from studies.record import TrialRecord
 from studies.runner.agreement import agree, agree_on_run, settings
 from studies.runner.bracket import Brackets
 from studies.runner.coordinator import Coordinator, Limits
 from studies.runner.interrupt import deferred_interrupt
-from studies.runner.ledger import Ledger, best_trial, signs
+from studies.runner.ledger import Ledger
 from studies.runner.schedulers import Scheduler
 from studies.runner.strategy import choose_scheduler, first_points, fitted
-from studies.runner.trial import rehearse, restore
 from studies.runner.warm import warm_values
 from studies.sampling.imports import Rows, observations
 from studies.sampling.samplers import derive_seed, make_pruner, make_sampler
@@ -45,7 +43,9 @@ from studies.storage.database import (
     parse_storage,
 )
 from studies.storage.files import Files
+from studies.storage.leading import signs
 from studies.storage.locks import coordinator_lock
+from studies.trial.run import rehearse, restore
 from studies.views.readable import Readable
 
 if TYPE_CHECKING:
@@ -149,23 +149,6 @@ class Study(Readable):
     def optuna(self) -> optuna.Study:
         """The study as Optuna's object, for its plots, importances and samplers."""
         return self._study
-
-    @property
-    def best(self) -> TrialRecord:
-        """The feasible complete trial with the best value; among equals the first.
-
-        Raises:
-            ValueError: no trial is complete and feasible, or there are several objectives.
-        """
-        if len(self.metrics) > 1:
-            raise ValueError(
-                f"study {self.name!r} has the objectives {', '.join(self.metrics)}; use `front`."
-            )
-        best = best_trial(self._study)
-        if best is None:
-            limits = " within the constraints" if self.constraints else ""
-            raise ValueError(f"study {self.name!r} has no complete trial{limits} yet.")
-        return TrialRecord.of(best)
 
     def trained(self) -> Learner:
         """Return the learner of the best trial, trained, at its final hyperparameters.

@@ -11,6 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ORDER = ["hypergrad", "bilevel", "adapters", "studies"]
+# Parts of studies/, and which others they may import at module level: those before them.
+PARTS = [
+    "record", "messages", "events", "arguments", "storage", "sampling", "trial", "executors",
+    "runner", "views", "study", "plan", "compare", "loggers", "figures", "dashboard", "ray",
+    "commands",
+]  # fmt: skip
 # Imported where they are used, never at module level.
 DEFERRED = {"ray", "optuna", "higher", "plotly", "matplotlib", "transformers", "peft", "sklearn"}
 
@@ -47,6 +53,19 @@ def test_imports_go_one_way(package: str) -> None:
             continue
         tree = ast.parse(path.read_text())
         assert not _imported(list(ast.walk(tree))) & later, path
+
+
+def test_the_parts_of_studies_import_in_one_direction() -> None:
+    parts = {path.stem for path in (ROOT / "studies").iterdir() if path.suffix in ("", ".py")}
+    assert parts - {"__init__", "__pycache__", "py"} == set(PARTS)
+    for path in _modules("studies"):
+        part = path.relative_to(ROOT / "studies").with_suffix("").parts[0]
+        if part == "__init__":
+            continue
+        for node in _statements(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("studies."):
+                other = str(node.module).split(".")[1]
+                assert PARTS.index(other) <= PARTS.index(part), f"{path}: {node.module}"
 
 
 @pytest.mark.parametrize("package", ["hypergrad", "bilevel", "adapters"])

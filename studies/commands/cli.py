@@ -73,7 +73,7 @@ def _exit_code(error: Exception) -> int | None:
     from studies.runner.agreement import MismatchError
     from studies.runner.coordinator import TooManyFailuresError
     from studies.storage.locks import LockedError
-    from studies.views.stored import NoResultError
+    from studies.views.readable import NoResultError
 
     codes: list[tuple[type[Exception], int]] = [
         (LockedError, 3),
@@ -204,8 +204,7 @@ def doctor(json: Json = False) -> None:
     from dataclasses import asdict
 
     with imports():
-        from studies.commands.doctor import examine
-        from studies.views.tables import findings_table
+        from studies.commands.doctor import examine, findings_table
 
     findings = examine()
     if json:

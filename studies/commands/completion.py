@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["SPEC", "learner_names", "study_folders", "task_names"]
+from studies.storage.layout import SPEC
 
-SPEC = "spec.json"
-"""File in a study's folder: what it was started with.  Here, since other modules take seconds to
-import: too long for a key press."""
+__all__ = ["learner_names", "study_folders", "task_names"]
 
 
 def study_folders(incomplete: str) -> list[str]:

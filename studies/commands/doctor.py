@@ -13,7 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["Finding", "conflicts", "examine"]
+from rich.table import Table
+
+__all__ = ["Finding", "conflicts", "examine", "findings_table"]
 
 OURS = ("hypergrad", "bilevel", "adapters", "studies")
 _LIBRARIES = (
@@ -177,3 +179,14 @@ def conflicts(
 
 def _normal(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What `bilevel doctor` found."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    colors = {"ok": "green", "warning": "yellow", "error": "red"}
+    for finding in findings:
+        mark = f"[{colors[finding.level]}]{finding.level}[/]"
+        text = finding.value + (f"\n-> {finding.advice}" if finding.advice else "")
+        table.add_row(mark, finding.topic, text)
+    return table

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.table import Table
 
-from studies.storage.all_trials import all_trials
 from studies.views.tables import number
 
 if TYPE_CHECKING:
@@ -90,32 +89,12 @@ def stored_studies(storage: str) -> list[dict[str, Any]]:
     """
     import optuna
 
-    from studies.record import TrialRecord
     from studies.storage.database import open_storage, parse_storage
-    from studies.views.objectives import front_of
-    from studies.views.stored import best_of
+    from studies.views.summary import summary
 
     database = open_storage(parse_storage(storage), create=False)
-    found = []
-    for name in sorted(optuna.get_all_study_names(database)):
-        study = optuna.load_study(study_name=name, storage=database)
-        records = [TrialRecord.of(trial) for trial in all_trials(study)]
-        best = best_of(study)
-        found.append(
-            {
-                "study": name,
-                "trials": len(records),
-                "complete": sum(r.state == "complete" for r in records),
-                "failed": sum(r.state == "failed" for r in records),
-                "equivalent_steps": sum(r.cost.equivalent_steps for r in records),
-                "best_trial": None if best is None else best.number,
-                "best_value": None if best is None else best.value,
-                "front": [record.number for record in front_of(study)],
-                "metrics": {} if best is None else dict(best.metrics),
-                "hparams": {} if best is None else dict(best.hparams or best.params),
-            }
-        )
-    return found
+    names = sorted(optuna.get_all_study_names(database))
+    return [summary(optuna.load_study(study_name=name, storage=database)) for name in names]
 
 
 def show_table(studies: list[dict[str, Any]]) -> Table:
@@ -125,14 +104,14 @@ def show_table(studies: list[dict[str, Any]]) -> Table:
     for heading in ("complete", "cost", "best", "value", "test loss"):
         table.add_column(heading, justify="right", no_wrap=True)
     for study in studies:
-        best = study["best_trial"]
+        best = study["best"] or {}
         failed = f" ({study['failed']} failed)" if study["failed"] else ""
         table.add_row(
             study["study"],
             f"{study['complete']}/{study['trials']}{failed}",
             str(study["equivalent_steps"]),
-            ", ".join(map(str, study["front"])) or ("-" if best is None else str(best)),
-            number(study["best_value"]),
-            number(study["metrics"].get("test/loss")),
+            ", ".join(map(str, study["front"])) or str(best.get("number", "-")),
+            number(best.get("value")),
+            number(best.get("metrics", {}).get("test/loss")),
         )
     return table

@@ -15,7 +15,8 @@ from bilevel.describe import differences
 from bilevel.schedule import Schedule
 from studies.record import TrialRecord
 from studies.views.objectives import front_of, leading, objectives, value_texts
-from studies.views.stored import StoredStudy, best_of
+from studies.views.readable import best_of
+from studies.views.stored import StoredStudy
 from studies.views.summary import as_json, describe_values, moves
 from studies.views.tables import number as digits
 from studies.views.tables import value_text

@@ -34,10 +34,11 @@ from studies.storage.database import (
     open_storage,
     parse_storage,
 )
+from studies.storage.layout import DATABASE, SPEC
 from studies.storage.versions import versions
 from studies.study import Study
-from studies.views.objectives import front_of
-from studies.views.stored import DATABASE, SPEC, NoResultError, StoredStudy, best_of, read_spec
+from studies.views.readable import NoResultError
+from studies.views.stored import StoredStudy, read_spec
 from studies.views.summary import done_line, summary
 
 __all__ = ["StoppedError", "resume_study", "run_study"]
@@ -170,7 +171,7 @@ def _run(
             written = True
 
     try:
-        with progress(study, study.metrics[0], plan.trials, quiet) as show:
+        with progress(study, plan.trials, quiet) as show:
 
             def on_event(event: Event) -> None:
                 write_spec()
@@ -179,9 +180,9 @@ def _run(
             plan.run_in(study, on_event)
         write_spec()
     except KeyboardInterrupt:
-        line = done_line(_summary(study))
+        line = done_line(summary(study.optuna))
         raise StoppedError(f"interrupted: {line}; `bilevel study resume {out}` goes on.") from None
-    found = _summary(study)
+    found = summary(study.optuna)
     if as_json:
         print(json.dumps({**found, "folder": str(out)}, indent=1))
     else:
@@ -190,11 +191,6 @@ def _run(
         raise NoResultError(f"no trial is complete; `bilevel study show {out} 0` says why.")
     if not quiet and not as_json:
         print(f"next: bilevel study dashboard {out}", file=sys.stderr)
-
-
-def _summary(study: Study) -> dict[str, Any]:
-    best = study.optuna
-    return summary(study.name, study.trials, best_of(best), front_of(best))
 
 
 def _source(source: str) -> dict[str, Any]:

@@ -18,25 +18,24 @@ __all__ = ["progress"]
 
 
 @contextmanager
-def progress(
-    study: Readable, metric: str, trials: int, quiet: bool
-) -> Iterator[Callable[[Event], None]]:
+def progress(study: Readable, trials: int, quiet: bool) -> Iterator[Callable[[Event], None]]:
     """Yield what `Study.run` is to call with each event."""
     console = Console(stderr=True)
     if quiet:
         yield lambda event: None
     elif console.is_terminal:
         with _bar(console) as bar:
-            yield _OnTerminal(study, metric, trials, bar)
+            yield _OnTerminal(study, trials, bar)
     else:
-        yield _OnPipe(study, metric, console)
+        yield _OnPipe(study, console)
 
 
 class _OnPipe:
     """A line for each trial that ends, waits, goes on or is tried again, and for a full disk."""
 
-    def __init__(self, study: Readable, metric: str, console: Console) -> None:
-        self._study, self._metric, self._console = study, metric, console
+    def __init__(self, study: Readable, console: Console) -> None:
+        self._study, self._console = study, console
+        self._metric = objectives(study.optuna)[0]
         self._values: dict[int, float] = {}  # at the last rung, by trial
         self._paused: dict[int, int] = {}  # rung where a trial waits
 
@@ -70,7 +69,7 @@ class _OnPipe:
             return "before its first rung"
         value = self._values.get(event.number)
         at = f"at rung {event.rung}"
-        return at if value is None else f"{at}  val {self._metric} {value:.4f}"
+        return at if value is None else f"{at}  {self._metric} {value:.4f}"
 
     def _finished(self, event: Finished) -> None:
         record = event.record
@@ -94,8 +93,8 @@ class _OnTerminal(_OnPipe):
     Pauses come and go with every bracket: the bar alone shows them.
     """
 
-    def __init__(self, study: Readable, metric: str, trials: int, bar: Progress) -> None:
-        super().__init__(study, metric, bar.console)
+    def __init__(self, study: Readable, trials: int, bar: Progress) -> None:
+        super().__init__(study, bar.console)
         self._bar = bar
         records = [record for record in study.trials if not record.imported]
         self._done = sum(r.state in ("complete", "pruned", "failed") for r in records)
@@ -113,7 +112,7 @@ class _OnTerminal(_OnPipe):
             text = f"trial {event.number}"
         elif isinstance(event, Rung):
             self._shares[event.number] = event.rung / event.of
-            value = f"val {self._metric} {event.value:.4f}"
+            value = f"{self._metric} {event.value:.4f}"
             text = f"trial {event.number}  rung {event.rung}/{event.of}  {value}"
         elif isinstance(event, Paused):
             text = f"trial {event.number} paused {self._place(event)}"

@@ -13,8 +13,7 @@ from rich.text import Text
 
 from studies.record import TrialRecord
 from studies.storage.all_trials import all_trials
-from studies.views.objectives import front_of
-from studies.views.stored import StoredStudy, best_of
+from studies.views.stored import StoredStudy
 from studies.views.summary import describe_values, done_line, summary
 
 __all__ = ["status_of", "status_view", "watch_status"]
@@ -55,7 +54,7 @@ def status_of(study: StoredStudy) -> dict[str, Any]:
         "holder": holder,
         "planned": study.planned,
         "finished": finished,
-        **summary(study.name, records, best_of(study.optuna), front_of(study.optuna)),
+        **summary(study.optuna, records),
         "open": open_,
     }
 

@@ -87,8 +87,8 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Look for open trials, torn files and missing artifacts in a study's folder."""
+    from studies.commands.doctor import findings_table
     from studies.commands.study_doctor import examine_study, mend
-    from studies.views.tables import findings_table
 
     found = examine_study(folder)
     if fix and any(trouble.fix is not None for trouble in found):

@@ -17,13 +17,14 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bilevel.checkpoint import load
 from studies.commands.doctor import Finding, Level
-from studies.runner.ledger import best_trial
 from studies.storage.all_trials import all_trials
 from studies.storage.database import StorageError
+from studies.storage.layout import DATABASE, SPEC
+from studies.storage.leading import best_trial
 from studies.storage.locks import coordinator_lock
 from studies.storage.sqlite_file import find_fault
 from studies.storage.versions import versions
-from studies.views.stored import DATABASE, SPEC, STORAGE_VARIABLE, StoredStudy, read_spec
+from studies.views.stored import STORAGE_VARIABLE, StoredStudy, read_spec
 
 __all__ = ["Trouble", "collect", "examine_study", "mend"]
 

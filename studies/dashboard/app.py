@@ -23,8 +23,7 @@ from studies.figures.plots import figures
 from studies.record import TrialRecord
 from studies.storage.all_trials import all_trials
 from studies.storage.overlay import Overlay
-from studies.views.objectives import front_of
-from studies.views.stored import StoredStudy, best_of
+from studies.views.stored import StoredStudy
 from studies.views.summary import done_line, summary
 from studies.views.tables import value_text
 
@@ -128,8 +127,7 @@ def draw(study: StoredStudy, layer: dict[tuple[int, str], Any]) -> None:
 
 def study_note(study: StoredStudy) -> str:
     """Return what a study is, and who owns what, as Markdown."""
-    front = front_of(study.optuna)
-    found = summary(study.name, study.trials, best_of(study.optuna), front)
+    found = summary(study.optuna)
     lines = [
         f"**{study.learner_name}** on **{study.task_name}**: {done_line(found)}",
         "",

@@ -12,11 +12,11 @@ from typing import Any
 
 from bilevel.checkpoint import replacing
 from studies.executors.base import Executor, ExecutorError
+from studies.executors.hosts import check_hosts
+from studies.executors.ray_connect import answers, check_resources, connect
 from studies.messages import Assignment, Decision, Lost, Message, Outcome, Paused, Setting
-from studies.ray.connect import answers, check_resources, connect
-from studies.ray.hosts import check_hosts
 from studies.record import Failure
-from studies.runner.worker import Worker
+from studies.trial.worker import Worker
 
 __all__ = ["Cluster"]
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from studies.executors.base import Executor
 from studies.messages import Assignment, Decision, Message, Outcome, Paused, Setting
-from studies.runner.worker import Worker
+from studies.trial.worker import Worker
 
 __all__ = ["InProcess"]
 

@@ -233,7 +233,7 @@ def _serve(pipe: Connection, ending: Connection, path: str, limits: _Limits) -> 
     _die_at_the_end_of(ending)
     os.environ.clear()
     os.environ.update(limits.environment)
-    from studies.runner.worker import Worker
+    from studies.trial.worker import Worker
 
     torch.set_num_threads(limits.threads)
     with open(path, "rb") as file:  # written by our own parent

@@ -3,4 +3,4 @@
 from studies.storage.collector import imports
 
 with imports():
-    import studies.runner.worker  # noqa: F401
+    import studies.trial.worker  # noqa: F401

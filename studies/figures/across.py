@@ -18,8 +18,8 @@ from bilevel.curves import COLORS
 from studies.figures.charts import Bar, Bars, Curves, Line, Mark, Plane, short
 from studies.figures.inside import MOST_NAMES, base_name, is_log
 from studies.record import TrialRecord
-from studies.runner.ledger import signs
 from studies.storage.all_trials import all_trials
+from studies.storage.leading import signs
 from studies.views.objectives import better, leading, objectives
 from studies.views.readable import Readable
 from studies.views.summary import middle

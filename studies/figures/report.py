@@ -19,8 +19,7 @@ from studies.messages import TRACE
 from studies.record import TrialRecord
 from studies.storage.database import check_folder
 from studies.views.objectives import better, leading, objectives
-from studies.views.readable import Readable
-from studies.views.stored import NoResultError
+from studies.views.readable import NoResultError, Readable
 from studies.views.summary import describe_values
 from studies.views.tables import trial_cells, trial_headings, value_text
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilevel.checks import integer
-from studies.ray.hosts import check_hosts
+from studies.executors.hosts import check_hosts
 from studies.ray.policies import Within, bounds, mutations, policy_schedules
 from studies.ray.searcher import StudySearcher
 from studies.ray.trainable import BilevelTrainable, as_trainable

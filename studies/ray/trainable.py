@@ -30,12 +30,12 @@ from bilevel.rng import rng_state, seed_generators, set_rng_state
 from bilevel.space import Space
 from studies.messages import Assignment, Setting
 from studies.record import Failure, TrialRecord
-from studies.runner.plain import Plain
-from studies.runner.progress import Progress
-from studies.runner.trial import rehearse, set_up
-from studies.runner.tuned import Tuned
 from studies.sampling.samplers import derive_seed
 from studies.sampling.spaces import check_owners
+from studies.trial.plain import Plain
+from studies.trial.progress import Progress
+from studies.trial.run import rehearse, set_up
+from studies.trial.tuned import Tuned
 
 __all__ = ["FAILURE", "FINISHED", "NUMBER", "RECORD", "BilevelTrainable", "as_trainable"]
 

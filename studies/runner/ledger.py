@@ -6,7 +6,7 @@ import copy
 import errno
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +14,6 @@ import optuna
 import sqlalchemy
 from optuna.pruners import NopPruner
 from optuna.storages import BaseStorage
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bilevel.checkpoint import load, save
@@ -25,8 +24,9 @@ from studies.record import TrialRecord
 from studies.sampling.samplers import SeededSampler
 from studies.storage.all_trials import all_trials
 from studies.storage.files import Files
+from studies.storage.leading import best_among, signs
 
-__all__ = ["Ledger", "best_trial", "front_trials", "signs"]
+__all__ = ["Ledger"]
 
 MAX_DEATHS = 10
 """Deaths of the whole process at one checkpoint of a trial before that trial is given up."""
@@ -35,32 +35,6 @@ FULL_SECONDS = 1.0
 """Wall time between two tries to write to a full disk."""
 
 _T = TypeVar("_T")
-
-
-def signs(study: optuna.Study) -> tuple[int, ...]:
-    """Return 1 for each objective that is minimized and −1 for each that is maximized."""
-    return tuple(1 if d is StudyDirection.MINIMIZE else -1 for d in study.directions)
-
-
-def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """Return the feasible complete trial with the best (first) value, among equals the first."""
-    return _best(all_trials(study), signs(study)[0])
-
-
-def front_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """Return the study's own feasible complete trials that no other one dominates, in order."""
-    return [trial for trial in study.best_trials if "imported" not in trial.user_attrs]
-
-
-def _best(trials: Iterable[FrozenTrial], sign: int) -> FrozenTrial | None:
-    done = [
-        trial
-        for trial in trials
-        if trial.state is TrialState.COMPLETE
-        and "imported" not in trial.user_attrs
-        and all(excess <= 0 for excess in trial.constraints.values())
-    ]
-    return min(done, key=lambda trial: sign * float((trial.values or [0.0])[0]), default=None)
 
 
 class Ledger:
@@ -237,7 +211,7 @@ class Ledger:
         if self._sampler.exhausted and not self.exhausted:
             self.patiently(lambda: self.study.set_user_attr("exhausted", True))
             self._exhausted = True
-        best = _best(self._mirror.values(), self.signs[0])
+        best = best_among(self._mirror.values(), self.signs[0])
         self._files.keep_only({*unfinished, *([] if best is None else [best.number])})
         stored = TrialRecord.of(self.get(trial.number))
         return stored, best is not None and best.number == trial.number

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import optuna
 
 from studies.record import TrialRecord
-from studies.runner.ledger import best_trial, front_trials, signs
+from studies.storage.leading import best_trial, front_trials, signs
 from studies.views.readable import Readable
 
 __all__ = ["better", "front_of", "leading", "objectives", "ranked", "value_texts"]

@@ -12,11 +12,21 @@ from bilevel.schedule import Schedule
 from bilevel.space import Space
 from studies.messages import SCHEDULE
 from studies.record import TrialRecord
-from studies.runner.ledger import front_trials
 from studies.storage.all_trials import all_trials
 from studies.storage.files import Files
+from studies.storage.leading import best_trial, front_trials
 
-__all__ = ["Readable"]
+__all__ = ["NoResultError", "Readable", "best_of"]
+
+
+class NoResultError(ValueError):
+    """No trial is complete, and within the constraints."""
+
+
+def best_of(study: optuna.Study) -> TrialRecord | None:
+    """Return the best trial; None without one, or where there are several objectives."""
+    best = best_trial(study) if len(study.directions) == 1 else None
+    return None if best is None else TrialRecord.of(best)
 
 
 class Readable(ABC):
@@ -43,9 +53,25 @@ class Readable(ABC):
         """The study as Optuna's object, for its plots, importances and samplers."""
 
     @property
-    @abstractmethod
     def best(self) -> TrialRecord:
-        """The feasible complete trial with the best value; among equals the first."""
+        """The feasible complete trial with the best value; among equals the first.
+
+        Raises:
+            NoResultError: no trial is complete and feasible.
+            ValueError: there are several objectives.
+        """
+        count = len(self.optuna.directions)
+        if count > 1:
+            raise ValueError(
+                f"study {self.name!r} has {count} objectives and no best trial; use `front`, or "
+                "`bilevel study show DIR --front`."
+            )
+        best = best_of(self.optuna)
+        if best is None:
+            ended = any(record.state == "complete" for record in self.trials)
+            limits = " within the constraints" if ended else ""
+            raise NoResultError(f"study {self.name!r} has no complete trial{limits} yet.")
+        return best
 
     @property
     def trials(self) -> list[TrialRecord]:

@@ -15,9 +15,6 @@ import optuna
 
 from bilevel.checks import did_you_mean
 from bilevel.space import Space
-from studies.commands.completion import SPEC
-from studies.record import TrialRecord
-from studies.runner.ledger import best_trial
 from studies.storage.database import (
     StorageError,
     default_folder,
@@ -26,22 +23,15 @@ from studies.storage.database import (
     parse_storage,
 )
 from studies.storage.files import Files
+from studies.storage.layout import DATABASE, SPEC
 from studies.storage.locks import lock_holder
 from studies.views.readable import Readable
 
 __all__ = [
-    "DATABASE",
-    "SPEC",
     "STORAGE_VARIABLE",
-    "NoResultError",
     "StoredStudy",
-    "best_of",
     "read_spec",
 ]
-
-DATABASE = "study.db"
-"""SQLite file in a study's folder."""
-
 
 STORAGE_VARIABLE = "BILEVEL_STORAGE"
 """Environment variable with the URL of a database whose password stands nowhere else."""
@@ -130,24 +120,6 @@ class StoredStudy(Readable):
         """Trials that it is to have in total, where that is known."""
         return self.spec.get("trials")
 
-    @property
-    def best(self) -> TrialRecord:
-        """The feasible complete trial with the best value.
-
-        Raises:
-            NoResultError: there is none.
-            ValueError: there are several objectives.
-        """
-        if len(self.optuna.directions) > 1:
-            raise ValueError(
-                f"study {self.name!r} has {len(self.optuna.directions)} objectives and no best "
-                "trial; `bilevel study show DIR --front` lists the best ones."
-            )
-        best = best_of(self.optuna)
-        if best is None:
-            raise NoResultError(f"study {self.name!r} has no complete trial yet.")
-        return best
-
     def holder(self) -> str | None:
         """Return who runs the study, in words; None where nobody does."""
         lock = self.files.study / "lock"
@@ -160,16 +132,6 @@ class StoredStudy(Readable):
             return None
         except BlockingIOError:
             return lock_holder(self.files.study)
-
-
-def best_of(study: optuna.Study) -> TrialRecord | None:
-    """Return the best trial; None without one, or where there are several objectives."""
-    best = best_trial(study) if len(study.directions) == 1 else None
-    return None if best is None else TrialRecord.of(best)
-
-
-class NoResultError(ValueError):
-    """No trial is complete."""
 
 
 def read_spec(folder: Path) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+import optuna
 
 from bilevel.schedule import Schedule
 from studies.record import TrialRecord
-from studies.views.objectives import value_texts
+from studies.storage.all_trials import all_trials
+from studies.views.objectives import front_of, value_texts
+from studies.views.readable import best_of
 from studies.views.tables import value_text
 
 __all__ = [
@@ -50,29 +53,27 @@ def as_json(record: TrialRecord) -> dict[str, Any]:
     }
 
 
-def summary(
-    name: str,
-    records: Sequence[TrialRecord],
-    best: TrialRecord | None,
-    front: Sequence[TrialRecord] = (),
-) -> dict[str, Any]:
+def summary(study: optuna.Study, records: Sequence[TrialRecord] | None = None) -> dict[str, Any]:
     """Return a study as plain data.
 
+    ``best`` is None without a best trial, and for several objectives, which have a ``front``.
+
     Args:
-        name: of the study.
-        records: its trials.
-        best: the best one; None without one, and for several objectives.
-        front: of several objectives, the best compromises.
+        study: the study.
+        records: its trials, where they have been read.
     """
+    if records is None:
+        records = [TrialRecord.of(trial) for trial in all_trials(study)]
+    best = best_of(study)
     return {
-        "study": name,
+        "study": study.study_name,
         "trials": len(records),
         **counts(records),
         "failures": failures(records),
         "equivalent_steps": sum(r.cost.equivalent_steps for r in records),
         "seconds": sum(r.cost.seconds for r in records),
         "best": None if best is None else as_json(best),
-        "front": [record.number for record in front],
+        "front": [record.number for record in front_of(study)],
     }
 
 

@@ -9,7 +9,6 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from studies.commands.doctor import Finding
 from studies.record import TrialRecord
 from studies.views.objectives import leading, objectives
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from studies.views.readable import Readable
 
 __all__ = [
-    "findings_table",
     "names_table",
     "number",
     "trial_cells",
@@ -101,15 +99,4 @@ def names_table(rows: Mapping[str, str]) -> Table:
     table.add_column()
     for name, line in rows.items():
         table.add_row(name, line)
-    return table
-
-
-def findings_table(findings: Sequence[Finding]) -> Table:
-    """What `bilevel doctor` found."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    colors = {"ok": "green", "warning": "yellow", "error": "red"}
-    for finding in findings:
-        mark = f"[{colors[finding.level]}]{finding.level}[/]"
-        text = finding.value + (f"\n-> {finding.advice}" if finding.advice else "")
-        table.add_row(mark, finding.topic, text)
     return table

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from studies.commands import completion
-from studies.views import stored
+from studies.storage.layout import SPEC
 
 BASH = shutil.which("bash")
 ROOT = Path(__file__).parents[2]
@@ -33,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     for name in ("digits", "runs/digits2"):
         (folder / name).mkdir(parents=True)
-        (folder / name / stored.SPEC).write_text("{}")
+        (folder / name / SPEC).write_text("{}")
     (folder / "data").mkdir()
     command = folder / "bin" / "bilevel"
     command.parent.mkdir()
@@ -71,7 +70,3 @@ def completed(place: Path, *words: str) -> list[str]:
 )
 def test_bash_offers(place: Path, words: tuple[str, ...], offered: list[str]) -> None:
     assert completed(place, *words) == offered
-
-
-def test_the_file_that_makes_a_folder_a_study_has_one_name() -> None:
-    assert completion.SPEC == stored.SPEC

@@ -79,7 +79,7 @@ def test_the_table_fits_the_screen(width: int) -> None:
 
 def test_studies_are_shown_with_failures_and_without_results() -> None:
     study = {"study": "a / b", "trials": 3, "complete": 0, "failed": 2, "equivalent_steps": 7,
-             "best_trial": None, "best_value": None, "front": [], "metrics": {}}  # fmt: skip
+             "best": None, "front": []}  # fmt: skip
     written = io.StringIO()
     Console(file=written, width=80).print(show_table([study]))
     assert "a / b  0/3 (2 failed)     7     -      -          -" in written.getvalue()

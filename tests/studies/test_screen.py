@@ -22,7 +22,7 @@ def study_of(folder: Path) -> Study:
 def shown(study: Study, events: list[Event], capsys: pytest.CaptureFixture[str]) -> str:
     """What the events put on standard error; nothing else is written."""
     capsys.readouterr()
-    with progress(study, "loss", 4, quiet=False) as show:
+    with progress(study, 4, quiet=False) as show:
         for event in events:
             show(event)
     written = capsys.readouterr()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from studies.executors.base import ExecutorError
-from studies.ray.connect import Answer, ask
+from studies.executors.ray_connect import Answer, ask
 
 __all__ = ["check_hosts"]
 

@@ -9,7 +9,7 @@ import torch
 
 from studies.messages import Assignment, Decision, Message, Outcome, Setting
 from studies.record import Failure, TrialRecord
-from studies.runner.trial import Steps, run_trial
+from studies.trial.run import Steps, run_trial
 
 __all__ = ["Worker"]
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from studies.messages import Setting
-from studies.runner.progress import Progress
+from studies.trial.progress import Progress
 
 __all__ = ["Kept"]
 

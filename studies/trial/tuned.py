@@ -14,7 +14,7 @@ from bilevel.inner import Inner
 from bilevel.metrics import Cost, RunStatus
 from bilevel.tuning import Tuning
 from studies.messages import SCHEDULE, TRACE, Assignment, Setting
-from studies.runner.progress import Progress
+from studies.trial.progress import Progress
 
 __all__ = ["Tuned"]
 

@@ -13,11 +13,11 @@ from bilevel.inner import Inner
 from bilevel.metrics import RunStatus
 from studies.messages import Assignment, Decision, Outcome, Paused, Reached, Setting, Stalled
 from studies.record import Failure, as_metrics
-from studies.runner.kept import Kept
-from studies.runner.plain import Plain
-from studies.runner.progress import Progress
-from studies.runner.tuned import Tuned
 from studies.sampling.spaces import sampled_space
+from studies.trial.kept import Kept
+from studies.trial.plain import Plain
+from studies.trial.progress import Progress
+from studies.trial.tuned import Tuned
 
 __all__ = ["rehearse", "restore", "run_trial", "set_up"]
 

@@ -11,7 +11,7 @@ from adapters.learner import Learner
 from bilevel.checkpoint import copy
 from bilevel.metrics import Cost, RunStatus
 from studies.messages import Assignment, Setting
-from studies.runner.progress import Progress
+from studies.trial.progress import Progress
 
 __all__ = ["Plain"]
 

@@ -1,0 +1,1 @@
+"""One trial: what steps, what it reports, and what comes out of it."""
