@@ -75,11 +75,11 @@ def check(storage: Callable[[Path], str], kills: int, workers: int, seed: int) -
     equal = lost = doubled = running = changed = 0
     with tempfile.TemporaryDirectory() as place:
         root = Path(place)
-        whole = root / "whole"
+        whole = root / f"whole {workers}"
         seconds = forked(lambda: make(storage(whole), whole, executor, workers))
         expected = numbers(make(storage(whole), whole, executor, workers))
         for i in range(kills):
-            folder = root / f"kill{i}"
+            folder = root / f"kill {workers}.{i}"
             forked(lambda f=folder: make(storage(f), f, executor, workers),
                    draw.uniform(0.05, 1.0) * seconds)  # type: ignore[misc]  # fmt: skip
             forked(lambda f=folder: make(storage(f), f, executor, workers))  # type: ignore[misc]
@@ -106,7 +106,6 @@ def main() -> None:
     """Check SQLite with one and two workers, and PostgreSQL where a URL is given."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--pool-kills", type=int, default=20)
     parser.add_argument("--postgres", help="URL of an empty database")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -117,9 +116,11 @@ def main() -> None:
         return f"sqlite:///{folder}.db"
 
     rows["SQLite, 1 worker"] = check(sqlite, given.kills, 1, 0)
-    rows["SQLite, 2 workers (pool)"] = check(sqlite, given.pool_kills, 2, 1)
+    rows["SQLite, 2 workers (pool)"] = check(sqlite, given.kills, 2, 1)
     if given.postgres:
-        rows["PostgreSQL, 1 worker"] = check(lambda folder: given.postgres, given.kills, 1, 2)
+        for workers in (1, 2):
+            name = "PostgreSQL, 1 worker" if workers == 1 else "PostgreSQL, 2 workers (pool)"
+            rows[name] = check(lambda _: given.postgres, given.kills, workers, 2 + workers)
     RESULTS.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     lines = [
         "# Killed studies",
