@@ -129,7 +129,7 @@ class BilevelTrainable(tune.Trainable):
                 progress.advance()
             if not progress.status.finished and self._spent():
                 progress.stop(RunStatus.MAX_ITER, "the budget is spent")
-            found = progress.outcome(evaluate_test=False).record
+            found = progress.record(evaluate_test=False)
         except FloatingPointError as error:
             return self._failed(Failure("not finite", str(error)))
         if found.failure is not None:
@@ -137,7 +137,7 @@ class BilevelTrainable(tune.Trainable):
         self._good = None
         over = progress.status.finished
         if over and self.evaluate_test:
-            found = progress.outcome(evaluate_test=True).record
+            found = progress.record(evaluate_test=True)
         return {
             **{n.removeprefix("val/"): v for n, v in found.metrics.items()},
             **self._counters(),

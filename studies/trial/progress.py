@@ -109,14 +109,17 @@ class Progress(ABC):
             self._val = self.cost, as_metrics(self.measure("val") or {})
         return self._val[1]
 
-    def failed(self, failure: Failure) -> Outcome:
-        """Return what is stored of the trial where it failed: what it cost, and its artifacts."""
-        record = TrialRecord(self.trial.number, "failed", cost=self.cost, failure=failure)
-        return Outcome(record, self.files())
+    def failed(self, failure: Failure) -> TrialRecord:
+        """Return the record of a trial that failed: what it cost, and why."""
+        return TrialRecord(self.trial.number, "failed", cost=self.cost, failure=failure)
 
-    def outcome(self, *, evaluate_test: bool) -> Outcome:
-        """Return what is stored of the trial as it is now."""
-        number, hparams = self.trial.number, self.hparams()
+    def outcome(self, record: TrialRecord) -> Outcome:
+        """Return a record with everything that is stored beside it."""
+        passed_on = record.state != "failed" and self.improved()
+        return Outcome(record, self.files(), self.hparams() if passed_on else {})
+
+    def record(self, *, evaluate_test: bool) -> TrialRecord:
+        """Return the record of the trial as it is now."""
         if self.status is RunStatus.DIVERGED:
             return self.failed(Failure("diverged", self.reason))
         val = self.validated()
@@ -133,11 +136,11 @@ class Progress(ABC):
             limited = _named(val, tuple(limits), where)
         except FloatingPointError as error:
             return self.failed(Failure("not finite", str(error)))
-        record = TrialRecord(
-            number,
+        return TrialRecord(
+            self.trial.number,
             _STATES.get(self.status, "complete"),
             values=values,
-            hparams=as_numbers({**self.trial.values, **hparams}),
+            hparams=as_numbers({**self.trial.values, **self.hparams()}),
             metrics={**named, **self.extra()},
             constraints={n: v - limits[n] for n, v in zip(limits, limited, strict=True)},
             cost=self.cost,
@@ -145,7 +148,6 @@ class Progress(ABC):
             status=self.status.value,
             at=self._back,
         )
-        return Outcome(record, self.files(), hparams if self.improved() else {})
 
 
 def _named(metrics: Mapping[str, float], names: tuple[str, ...], where: str) -> tuple[float, ...]:

@@ -58,7 +58,7 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
             try:
                 values = progress.values(due)
             except FloatingPointError as error:
-                return progress.failed(Failure("not finite", str(error)))
+                return progress.outcome(progress.failed(Failure("not finite", str(error))))
             kept.look(progress)
             gain, settled = progress.outlook()
             reached = Reached(trial.number, due, values, gain, settled, progress.cost)
@@ -69,25 +69,24 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
                 progress.stop(RunStatus.EARLY_STOPPED, settled or f"finished at rung {due}")
             elif decision is Decision.PAUSE and due < last:
                 yield from _store(progress, kept, trial)
-                return Paused(progress.outcome(evaluate_test=False))
+                return Paused(progress.outcome(progress.record(evaluate_test=False)))
         if progress.status.finished:
             break
         if interrupted():
             yield from _store(progress, kept, trial)
-            return Paused(progress.outcome(evaluate_test=False))
+            return Paused(progress.outcome(progress.record(evaluate_test=False)))
         progress.advance()
         if cadence.due() and not progress.status.finished:
             yield from _store(progress, kept, trial)
             cadence.stored()
-    last_state = progress.outcome(evaluate_test=False)
-    whole = last_state.record.state == "complete"
-    if whole:
+    record = progress.record(evaluate_test=False)
+    if record.state == "complete":
         kept.look(progress)
     yield from _store(progress, kept, trial)  # the state that `restore` reads
-    if not whole:
-        return last_state
-    kept.put_back(progress)
-    return progress.outcome(evaluate_test=True)
+    if record.state == "complete":
+        kept.put_back(progress)
+        record = progress.record(evaluate_test=True)
+    return progress.outcome(record)
 
 
 def rehearse(setting: Setting, trial: Assignment) -> None:
