@@ -7,6 +7,7 @@ studies, one for each way and seed, so that an interrupted comparison goes on wh
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from studies.record import TrialRecord
 from studies.study import Study
 
 __all__ = ["Comparison", "Row", "Way", "compare", "tuned_names", "ways"]
+
+LEAST_RUNG = 60
+"""Equivalent steps up to the first halving of a bracket, at least."""
 
 METRICS = ("val/loss", "val/accuracy", "test/loss", "test/accuracy")
 
@@ -55,8 +59,9 @@ class Way:
         space: who owns what.
         trials: of each study.
         budget: of each trial.
+        cost: of all trials of a study together, in equivalent steps.
         algorithm: moves the gradient-owned values.
-        sampler: seed -> what chooses the sampler-owned ones.
+        sampler: seed -> what chooses the sampler-owned ones; None for a study's default.
         from_default: whether the first trial is at the defaults.
     """
 
@@ -65,9 +70,15 @@ class Way:
     space: Space
     trials: int
     budget: Budget
+    cost: int
     algorithm: OuterAlgorithm[Any] | None = None
-    sampler: Callable[[int], BaseSampler] = _random
+    sampler: Callable[[int], BaseSampler] | None = None
     from_default: bool = False
+
+    @property
+    def halved(self) -> bool:
+        """Whether trials wait for one another."""
+        return self.trials > 1 and bool(self.space.grad)
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,8 @@ class Comparison:
         by_name = {row.way.name: row.way for row in self.rows}
         smooth = list(by_name["gradient"].space.grad)
         sentences = [
-            "Chosen by validation loss, test only reported.",
+            "Chosen by validation loss, test only reported; every trial keeps its best rung of ten "
+            "(early stopping).",
             "Cost: equivalent training steps per seed, gradients + 2 · Hessian-vector products; "
             "the first row takes one trial's share.",
             f"Both searches and the gradient choose the same {len(smooth)} hyperparameters.",
@@ -137,7 +149,10 @@ class Comparison:
             )
         if "hybrid" in by_name:
             rest = [n for n in by_name["hybrid"].space.sampled if n not in smooth]
-            sentences.append(f"In the hybrid TPE adds {', '.join(rest)}.")
+            sentences.append(
+                f"The hybrid is a study as `Study.run` does it by default: TPE adds "
+                f"{', '.join(rest)}, and bad trials end early."
+            )
         return " ".join(sentences)
 
     def as_json(self) -> dict[str, Any]:
@@ -174,7 +189,8 @@ def ways(space: Space, budget: int, trials: int) -> list[Way]:
     """Return the rows of the comparison.
 
     Both searches and the gradient choose the same hyperparameters, the smooth ones; only the
-    hybrid also chooses the rest.
+    hybrid also chooses the rest.  It is run in brackets of nine trials, or one of three, about as
+    many trials as those of a search.
 
     Args:
         space: of the learner, with its own owners.
@@ -185,11 +201,15 @@ def ways(space: Space, budget: int, trials: int) -> list[Way]:
         ValueError: a budget too small for the trials.
     """
     share = budget // trials
-    hybrid_trials = max(2, trials // 2)
-    if share < 50 or budget // hybrid_trials < 200:
+    halvings = 1 if trials < 8 else 2
+    width = 3**halvings
+    brackets = max(1, (trials + 1) // 9)
+    shares = brackets * (1 + halvings * 2 / 3)  # cost of the hybrid, in budgets of a trial
+    least = max(50 * trials, math.ceil(LEAST_RUNG * shares * width))
+    if budget < least:
         raise ValueError(
             f"budget: {budget} equivalent steps are too few for {trials} trials; "
-            f"give at least {max(50 * trials, 200 * hybrid_trials)}."
+            f"give at least {least}."
         )
     smooth = tuned_names(space)
     rest = [name for name in space if name not in smooth and space.owner(name) != "fixed"]
@@ -197,19 +217,19 @@ def ways(space: Space, budget: int, trials: int) -> list[Way]:
     sampled = fixed.own(**dict.fromkeys(smooth, "sampler"))
     by_gradient = space.own(**dict.fromkeys(rest, "fixed"))
     descent = Descent(Unrolled(steps=10), lr=0.1)
-    tpe, hybrid_tpe = _TPE(trials // 2), _TPE(hybrid_trials // 2)
     each = Budget(equivalent_steps=share)
     whole = Budget(equivalent_steps=budget)
-    part = Budget(equivalent_steps=budget // hybrid_trials)
+    random, tpe = ((sampler, True) for sampler in (_random, _TPE(trials // 2)))
     found = [
-        Way("default", "defaults", fixed, 1, each),
-        Way("default-long", "defaults, longer", fixed, 1, whole),
-        Way("random", "random search", sampled, trials, each, from_default=True),
-        Way("tpe", "TPE (Optuna)", sampled, trials, each, None, tpe, from_default=True),
-        Way("gradient", "gradient-tuned", by_gradient, 1, whole, descent),
+        Way("default", "defaults", fixed, 1, each, share),
+        Way("default-long", "defaults, longer", fixed, 1, whole, budget),
+        Way("random", "random search", sampled, trials, each, budget, None, *random),
+        Way("tpe", "TPE (Optuna)", sampled, trials, each, budget, None, *tpe),
+        Way("gradient", "gradient-tuned", by_gradient, 1, whole, budget, descent),
     ]
     if rest:
-        found.append(Way("hybrid", "hybrid", space, hybrid_trials, part, descent, hybrid_tpe, True))
+        part = Budget(equivalent_steps=int(budget / shares))
+        found.append(Way("hybrid", "hybrid", space, brackets * width, part, budget, descent))
     return found
 
 
@@ -254,7 +274,7 @@ def compare(
                 storage,
                 space=way.space,
                 algorithm=way.algorithm,
-                sampler=way.sampler(seed),
+                sampler=None if way.sampler is None else way.sampler(seed),
                 seed=seed,
             )
             if way.from_default and not study.trials:
@@ -262,9 +282,7 @@ def compare(
             study.run(
                 way.trials,
                 way.budget,
-                scheduler="fifo",
-                warm=False,
-                keep="last",
+                total=Budget(equivalent_steps=way.cost) if way.halved else None,
                 on_event=lambda event, way=way, seed=seed: on_event(way.name, seed, event),  # type: ignore[misc]
             )
             done[way.name].append(study)

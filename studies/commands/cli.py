@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json as _json
 import sys
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -39,7 +38,7 @@ def main() -> None:
         code = 130
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's own: a bad option or argument
-            _stop(error.format_message().rstrip(".") + _given(error) + ".", 2)
+            _stop(_usage(error), 2)
         if type(error).__name__ == "StorageInternalError":  # Optuna's; the cause says what it is
             reason = str(getattr(error.__cause__, "orig", None) or error).splitlines()[0]
             _stop(f"the database failed: {reason}; `bilevel study doctor DIR` looks at it.", 2)
@@ -48,20 +47,22 @@ def main() -> None:
             raise
         _stop(str(error), known)
     if code == 130:
-        _stop("interrupted; run the same command with --resume to go on.", 130)
+        again = "; run the same command with --resume to go on" if "tune" in sys.argv[1:2] else ""
+        _stop(f"interrupted{again}.", 130)
     if code:
         sys.exit(code)
 
 
-def _given(error: Any) -> str:
-    """Return the value of the option that an error of typer is about; its messages leave it out."""
-    for option in getattr(getattr(error, "param", None), "opts", ()):
-        for argument, following in zip_longest(sys.argv, sys.argv[1:]):
-            if argument == option and following is not None:
-                return f", but got {following!r}"
-            if argument.startswith(f"{option}="):
-                return f", but got {argument.partition('=')[2]!r}"
-    return ""
+def _usage(error: Any) -> str:
+    """An error of typer in a sentence, with what its own message leaves out."""
+    text = error.format_message().replace("Value error, ", "").rstrip(".")
+    if text.startswith("No such command"):
+        known = ", ".join(error.ctx.command.list_commands(error.ctx))
+        return f"{text.partition('. ')[0]}; known: {known}."  # without a guess of typer's
+    for wrong in getattr(error.__cause__, "errors", list)():  # of pydantic, which reads the values
+        if repr(wrong["input"]) not in text:
+            text += f", but got {wrong['input']!r}"
+    return text if text.endswith("?") else f"{text}."
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -119,7 +120,7 @@ def options(
 def tune(
     task: Annotated[
         str,
-        typer.Argument(help="Name of a task; see `bilevel list`.", autocompletion=task_names),
+        typer.Argument(metavar="TASK", help="Name; see `bilevel list`.", autocompletion=task_names),
     ],
     learner: Annotated[
         str, typer.Option(help="Name of a learner.", autocompletion=learner_names)
@@ -187,7 +188,7 @@ def list_(json: Json = False) -> None:
 
 @app.command()
 def show(
-    storage: Annotated[str, typer.Argument(help="Database URL or path to a SQLite file.")],
+    storage: Annotated[str, typer.Argument(metavar="STORAGE", help="Database URL or SQLite file.")],
     json: Json = False,
 ) -> None:
     """Show the studies of a storage and their best trials."""

@@ -194,8 +194,9 @@ def _progress(quiet: bool, seeds: Sequence[int], plan: Sequence[Way]) -> Iterato
     if not console.is_terminal:
         yield _print_line
         return
-    parts = {way.name: way.trials * (way.budget.equivalent_steps or 1) for way in plan}
-    order, whole = list(parts), sum(parts.values())
+    names = [way.name for way in plan]
+    whole = sum(way.cost for way in plan)
+    spent: dict[tuple[str, int], dict[int, float]] = {}  # by way and seed, of each trial
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -211,21 +212,26 @@ def _progress(quiet: bool, seeds: Sequence[int], plan: Sequence[Way]) -> Iterato
 
         def show(name: str, seed: int, event: Event) -> None:
             """Place an event by what comes before it, so that a resumed job starts where it was."""
-            way = plan[order.index(name)]
-            before = seeds.index(seed) * whole + sum(parts[n] for n in order[: order.index(name)])
+            way = plan[names.index(name)]
+            before = seeds.index(seed) * whole + sum(w.cost for w in plan[: names.index(name)])
             if isinstance(event, Stalled):
                 bar.update(job, description=event.reason)
                 return
+            each = way.budget.equivalent_steps or 0
+            costs, value = spent.setdefault((name, seed), {}), None
             if isinstance(event, Finished):
-                number, share, value = event.record.number, 1.0, event.record.value
+                number, value = event.record.number, event.record.value
+                costs[number] = event.record.cost.equivalent_steps
             else:
                 number = event.number
-                share, value = 0.0, None
                 if isinstance(event, Rung):
-                    share, value = event.rung / event.of, event.value
+                    costs[number], value = each * event.rung / event.of, event.value
+            if not way.halved:
+                for earlier in range(number):
+                    costs.setdefault(earlier, each)
             text = f"seed {seed}  {way.title}  trial {number + 1}/{way.trials}"
             text += "" if value is None else f"  val {value:.3f}"
-            done = before + (number + share) * parts[name] / way.trials
+            done = before + min(way.cost, sum(costs.values()))
             bar.update(job, completed=done, description=text)
 
         yield show

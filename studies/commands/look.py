@@ -12,12 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from bilevel.describe import differences
-from bilevel.schedule import Schedule
 from studies.record import TrialRecord
 from studies.views.objectives import front_of, leading, objectives, value_texts
 from studies.views.readable import best_of
 from studies.views.stored import StoredStudy
-from studies.views.summary import as_json, describe_values, moves
+from studies.views.summary import as_json, describe_values, moves, rows_in_force
 from studies.views.tables import number as digits
 from studies.views.tables import value_text
 
@@ -46,15 +45,9 @@ def final_values(study: StoredStudy, record: TrialRecord) -> dict[str, Any]:
     schedule = study.schedule(record.number) if large else None
     for name in large:
         if schedule is not None and name in schedule:
-            values[name] = schedule[name][
-                _last_row(schedule, record.at or record.cost.steps)
-            ].tolist()
+            row = rows_in_force(schedule, record.at or record.cost.steps) - 1
+            values[name] = schedule[name][row].tolist()
     return values
-
-
-def _last_row(schedule: Schedule, steps: int) -> int:
-    """The row in force at the last step; a later one is what would have come next."""
-    return max(0, int((schedule["step"] < steps).sum()) - 1)
 
 
 def best_values(study: StoredStudy, form: str) -> str:
@@ -190,12 +183,23 @@ def _settings_differences(first: StoredStudy, other: StoredStudy) -> Iterator[st
     for key in dict.fromkeys([*first.settings, *other.settings]):
         if key == "space":
             continue
-        for line in differences(first.settings.get(key), other.settings.get(key), key):
+        before, now = first.settings.get(key), other.settings.get(key)
+        if isinstance(before, Mapping) != isinstance(now, Mapping):  # an object, and none
+            yield f"{key}: {_kind(before)} first, {_kind(now)} here"
+            continue
+        for line in differences(before, now, key):
             yield line.replace(" before, ", " first, ").replace(" now", " here")
     mine, its = (study.optuna.user_attrs.get("run") for study in (first, other))
     for line in differences(mine, its, "run"):
         yield line.replace(" before, ", " first, ").replace(" now", " here")
     yield from (f"space: {line}" for line in first.space.differences(other.space))
+
+
+def _kind(value: Any) -> str:
+    """A described object by the name of its class, anything else as it is."""
+    if not isinstance(value, Mapping):
+        return repr(value)
+    return str(value["type"].rpartition(".")[2] if "type" in value else value["name"])
 
 
 def compared_view(found: Mapping[str, Any]) -> list[RenderableType]:

@@ -29,6 +29,7 @@ import inspect
 import os
 import sys
 import tomllib
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -85,10 +86,15 @@ def plan_from_function(reference: str) -> Plan:
     """Return the plan behind ``module:name``: a `Plan`, or a function that returns one.
 
     Raises:
-        PlanError: no such module or name, or it gives something else.
+        PlanError: no such module or name, it fails, or it gives something else.
     """
     found = _import(reference, "the study")
-    plan = found() if callable(found) and not isinstance(found, Plan) else found
+    try:
+        plan = found() if callable(found) and not isinstance(found, Plan) else found
+    except ValueError:  # of an argument of ours: it says which
+        raise
+    except Exception as error:
+        raise PlanError(f"the study: {reference!r} failed: {_where(error)}.") from error
     if not isinstance(plan, Plan):
         raise PlanError(f"{reference!r} must be or return a studies.Plan, but gave {plan!r}.")
     return plan
@@ -245,12 +251,30 @@ def _import(reference: str, what: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is not None and module_name.startswith(error.name):
             raise PlanError(f"{what}: there is no module {module_name!r}.") from error
-        raise
+        raise PlanError(f"{what}: {place!r} does not import: {_where(error)}.") from error
+    except Exception as error:
+        raise PlanError(f"{what}: {place!r} does not import: {_where(error)}.") from error
     if place.endswith(".py") and Path(str(module.__file__)).resolve() != path:
         raise PlanError(
             f"{what}: {place!r} has the name of the module {module.__file__!r}; rename it."
         )
     if not hasattr(module, name):
-        names = [n for n in vars(module) if not n.startswith("_")]
+        own = {n: v for n, v in vars(module).items() if not n.startswith("_")}
+        names = [
+            n
+            for n, v in own.items()
+            if isinstance(v, Plan) or getattr(v, "__module__", "") == module.__name__
+        ]
         raise PlanError(f"{what}: {place!r} has no {name!r}; {did_you_mean(name, names)}")
     return getattr(module, name)
+
+
+def _where(error: Exception) -> str:
+    """What went wrong in a file of the user's, and at which of its lines."""
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):
+        return f"{type(error).__name__}: {error.msg} ({error.filename}, line {error.lineno})"
+    others = (__file__, "importlib", "site-packages")
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if not any(other in f.filename for other in others)]
+    return f"{what} ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else what

@@ -53,7 +53,7 @@ def best(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show the best trial, or print its hyperparameters for another program."""
+    """Show the best trial, or print its values alone."""
     with imports():
         from studies.commands.look import best_values, trial_data, trial_view
         from studies.views.stored import StoredStudy
@@ -81,7 +81,7 @@ def show(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Show a trial with everything that is stored of it, or all trials in a table."""
+    """Show all trials in a table, or everything about one."""
     with imports():
         from studies.commands.look import trial_data, trial_view
         from studies.views.stored import StoredStudy
@@ -106,7 +106,7 @@ def compare(
     targets: Targets,
     json: Json = False,
 ) -> None:
-    """Put studies side by side: best trials, costs, and which settings differ."""
+    """Compare best trials, costs and settings of studies."""
     with imports():
         from studies.commands.look import compared, compared_view
         from studies.views.stored import StoredStudy
@@ -148,7 +148,10 @@ def dashboard(
         bool, typer.Option("--write", help="Let the pages change and delete.")
     ] = False,
 ) -> None:
-    """Serve the study's pages on this machine, at an address with a secret, until Ctrl-C."""
+    """Serve pages about the study on this machine.
+
+    The address has a secret.  Ctrl-C ends it.
+    """
     with imports():
         from studies.dashboard.app import Dashboard
         from studies.views.stored import StoredStudy
@@ -173,7 +176,7 @@ def report(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page with all figures, and each figure as PNG."""
+    """Write a self-contained HTML page, and each figure as PNG."""
     with imports():
         from studies.figures.report import write_report
         from studies.views.stored import StoredStudy

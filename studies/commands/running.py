@@ -108,6 +108,8 @@ def run_study(
     try:
         for source in learn:
             table = source.endswith(".csv")
+            if table and not Path(source).is_file():
+                raise PlanError(f"--learn: there is no file {source!r}.")
             study.learn(Path(source) if table else StoredStudy(source), name=source)
         _run(plan, study, spec, out, quiet, as_json)
     except (ValueError, FileNotFoundError):

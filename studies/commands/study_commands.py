@@ -15,15 +15,23 @@ from studies.storage.collector import imports
 
 __all__ = ["study_app"]
 
-study_app = typer.Typer(
-    help="Run studies, look at them, go on with them.", no_args_is_help=True, rich_markup_mode=None
-)
+study_app = typer.Typer(rich_markup_mode=None)
+
+
+@study_app.callback(invoke_without_command=True)
+def options(context: typer.Context) -> None:
+    """Run studies, look at them, go on with them."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @study_app.command()
 def run(
     file: Annotated[
-        str, typer.Argument(help="STUDY.toml, package.module:function or FILE.py:function.")
+        str,
+        typer.Argument(
+            metavar="FILE", help="STUDY.toml, package.module:function or FILE.py:function."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the study.")],
     trials: Trials = None,
@@ -86,7 +94,7 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended.")] = False,
     json: Json = False,
 ) -> None:
-    """Look for open trials, torn files and missing artifacts in a study's folder."""
+    """Look for open trials, torn files, missing artifacts."""
     from studies.commands.doctor import findings_table
     from studies.commands.study_doctor import examine_study, mend
 
@@ -108,7 +116,7 @@ def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Remove them.")] = False,
     json: Json = False,
 ) -> None:
-    """List files that no command needs any more; remove them with --delete."""
+    """List files that nothing needs any more, or delete them."""
     from studies.commands.study_doctor import collect
 
     found = collect(folder, delete)

@@ -41,7 +41,13 @@ class Trouble(Finding):
 
 
 def examine_study(folder: Path) -> list[Trouble]:
-    """Look at everything in a study's folder; no finding raises."""
+    """Look at everything in a study's folder; no finding raises.
+
+    Raises:
+        StorageError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise StorageError(f"there is no folder {str(folder)!r}.")
     found: list[Trouble] = []
     try:
         spec = read_spec(folder)

@@ -145,8 +145,13 @@ def trial_note(study: StoredStudy, trial: FrozenTrial) -> str:
     lines = [f"**{record.state}**" + (f": {record.failure}" if record.failure else "")]
     if record.start is not None:
         lines.append(f"\nWarm start from trial {record.start}.")
+    if record.at is not None:
+        lines.append(
+            f"\nBest after {record.at} of {record.cost.steps} training steps: values and weights "
+            "are of then."
+        )
     if record.hparams:
-        lines += ["", "| hyperparameter | owner | at the end |", "| --- | --- | --- |"]
+        lines += ["", "| hyperparameter | owner | value |", "| --- | --- | --- |"]
         for name, value in record.hparams.items():
             owner = study.owner(record, name)
             lines.append(f"| {name} | {owner} | {_cell(value_text(value))} |")

@@ -13,7 +13,7 @@ from typing import Any
 from bilevel.checkpoint import replacing
 from studies.executors.base import Executor, ExecutorError
 from studies.executors.hosts import check_hosts
-from studies.executors.ray_connect import answers, check_resources, connect
+from studies.executors.ray_connect import answers, check_resources, connect, daemon
 from studies.messages import Assignment, Decision, Lost, Message, Outcome, Paused, Setting
 from studies.record import Failure
 from studies.trial.worker import Worker
@@ -122,6 +122,7 @@ class Cluster(Executor):
         self._head = ray.get_runtime_context().gcs_address
         self._heard = time.monotonic()
         self._gone = False
+        self._daemon = daemon(ray)
         wanted = dict(resources or {"CPU": 1.0})
         try:
             check_hosts()
@@ -163,7 +164,8 @@ class Cluster(Executor):
         """See `Executor.wait`.
 
         Raises:
-            ExecutorError: an actor does not start, or nobody answers for the cluster any more.
+            ExecutorError: an actor does not start, nobody answers for the cluster any more, or
+                Ray's daemon on this host has ended.
         """
         busy = [node for node in self._nodes if node.reply is not None]
         coming = [node for node in self._nodes if not node.ready]
@@ -171,7 +173,9 @@ class Cluster(Executor):
         most = FETCH_SECONDS if seconds is None else min(seconds, FETCH_SECONDS)
         if not expected:
             return None
+        self._check_daemon()
         done, _ = self._ray.wait(expected, num_returns=1, timeout=most)
+        self._check_daemon()
         if not done:
             if self._is_there():
                 self._fetch(busy)
@@ -211,7 +215,7 @@ class Cluster(Executor):
 
     def close(self) -> None:
         """See `Executor.close`."""
-        if self._gone:  # Ray would wait for it
+        if self._gone:  # Ray would wait for it, or end this process
             return
         for node in self._nodes:
             self._ray.kill(node.actor)
@@ -220,20 +224,38 @@ class Cluster(Executor):
             self._ray.shutdown()
 
     def _is_there(self) -> bool:
-        """Whether the cluster answers; looks every `FETCH_SECONDS`."""
+        """Whether the head answers; looks every `FETCH_SECONDS`."""
         if time.monotonic() - self._heard < FETCH_SECONDS:
             return True
         if answers(self._head):
             self._heard = time.monotonic()
             return True
         if time.monotonic() - self._heard > GONE_SECONDS:
-            self._gone = True
-            raise ExecutorError(
-                f"ray: the cluster {self._head} is gone: no answer for {GONE_SECONDS:g} s; "
-                "the trials have their checkpoints, and the same study again goes on with them."
-            )
+            raise self._ended(f"the cluster {self._head} is gone: no answer for {GONE_SECONDS:g} s")
         time.sleep(1.0)
         return False
+
+    def _check_daemon(self) -> None:
+        """Refuse to go on without the daemon (raylet) of this host; with the head or without it.
+
+        It does not come back to a process that it has left, and Ray ends this process, without a
+        word, at the next object that it wants from it.
+
+        Raises:
+            ExecutorError: it has ended.
+        """
+        if self._daemon is None or answers(self._daemon):
+            return
+        if answers(self._head):
+            raise self._ended(f"the daemon of Ray on this host ({self._daemon}) has ended")
+        raise self._ended(f"the cluster {self._head} is gone")
+
+    def _ended(self, what: str) -> ExecutorError:
+        self._gone = True
+        return ExecutorError(
+            f"ray: {what}; the trials have their checkpoints, and the same study again goes on "
+            "with them."
+        )
 
     def _of(self, number: int) -> _Node:
         return next(n for n in self._nodes if n.trial is not None and n.trial.number == number)

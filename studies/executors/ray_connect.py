@@ -11,7 +11,7 @@ from typing import Any
 
 from studies.executors.base import ExecutorError
 
-__all__ = ["Answer", "answers", "ask", "check_resources", "connect"]
+__all__ = ["Answer", "answers", "ask", "check_resources", "connect", "daemon"]
 
 SECONDS = 5.0
 """Wall time in which a host has to take a connection."""
@@ -24,8 +24,9 @@ TOKEN = (
     "RAY_AUTH_TOKEN_PATH or in RAY_AUTH_TOKEN"
 )
 
-# Ray tries 20 times for what does not change, prints each, and aborts where there is no token: so
-# the first word is spoken by a process of its own.
+# `ray._raylet.GcsClient` is private.  Where the token is another one, the public `ray.init` tries
+# for 20 s, prints each try, and then says only that it did not connect.  A process of its own
+# speaks this first word, because GcsClient ends its process where there is no token.
 HELLO = """
 import sys
 from ray._raylet import GcsClient
@@ -70,6 +71,28 @@ def ask(address: str, *, token: bool) -> Answer:
 def answers(address: str) -> bool:
     """Whether anybody takes a connection at ``HOST:PORT``."""
     return _why_not(address) is None
+
+
+def daemon(ray: Any) -> str | None:
+    """``HOST:PORT`` of the daemon (raylet) that this process is connected through.
+
+    None where that is on another host: of a client (``ray://``).
+
+    Raises:
+        ExecutorError: it has ended, and the cluster still lists it: Ray connects to it even where
+            another one has been started since, and would wait for ever.
+    """
+    me = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == me)
+    host, port = node["NodeManagerAddress"], node["NodeManagerPort"]
+    if not _is_here(host):
+        return None
+    if not answers(f"{host}:{port}"):
+        raise ExecutorError(
+            f"ray: the daemon of Ray on this host ({host}:{port}) has ended, and the cluster has "
+            "not noticed yet: it does within half a minute; `ray start` starts another one."
+        )
+    return f"{host}:{port}"
 
 
 def connect(ray: Any, address: str | None, workers: int) -> None:
@@ -120,9 +143,9 @@ def _greeted(address: str) -> str:
         ValueError: an address that is none.
         ExecutorError: nobody answers, or the token is not that of the cluster.
     """
-    from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
+    # Private; nothing public says which cluster "auto" is without connecting to it, and `ray.init`
+    # does not say why it does not connect (see HELLO).
     from ray._private.services import canonicalize_bootstrap_address
-    from ray.exceptions import AuthenticationError
 
     place = canonicalize_bootstrap_address(address)
     if place is None:
@@ -131,11 +154,9 @@ def _greeted(address: str) -> str:
     if (why := _why_not(place)) is not None:
         raise ExecutorError(f"ray: {named} is not reached: {why}.")
     token = os.environ["RAY_AUTH_MODE"] == "token"
-    try:
-        ensure_token_if_auth_enabled(None, create_token_if_missing=False)
-    except AuthenticationError as error:
-        raise ExecutorError(f"ray: {named}: this process has no token; {TOKEN}.") from error
     answer = ask(place, token=token)
+    if answer is Answer.NOTHING and token and not _has_token():
+        raise ExecutorError(f"ray: {named}: this process has no token; {TOKEN}.")
     if answer is Answer.REFUSED:
         raise ExecutorError(f"ray: {named} refuses the token of this process; {TOKEN}.")
     if answer is Answer.NOTHING:
@@ -144,6 +165,23 @@ def _greeted(address: str) -> str:
             "is that of `ray start --head --port`."
         )
     return place
+
+
+def _is_here(host: str) -> bool:
+    """Whether an address is one of this host."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        try:
+            probe.bind((host, 0))
+        except OSError:
+            return False
+    return True
+
+
+def _has_token() -> bool:
+    """Whether Ray finds a token for this process, in any of the places where it looks."""
+    command = [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def _why_not(address: str) -> str | None:

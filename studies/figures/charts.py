@@ -7,13 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Bar", "Bars", "Chart", "Curves", "HeatMap", "Line", "Plane", "short", "thin"]
+__all__ = [
+    "ON_COLORS",
+    "Bar",
+    "Bars",
+    "Chart",
+    "Curves",
+    "HeatMap",
+    "Instant",
+    "Line",
+    "Plane",
+    "short",
+    "thin",
+]
 
 MOST_POINTS = 200
 """Points of a drawn curve."""
 
 LONGEST_NAME = 28
 """Characters of a name that a panel or a bar has room for."""
+
+ON_COLORS = "#ffffff"
+"""Color of a line across a heat map."""
 
 Mark = Literal["", "dot", "ring", "cross"]
 
@@ -46,6 +61,19 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Instant:
+    """A place on the horizontal axis, marked by a thin vertical line.
+
+    Attributes:
+        x: the place.
+        label: what was there: in the legend, or above the line.
+    """
+
+    x: float
+    label: str
+
+
+@dataclass(frozen=True)
 class Plane:
     """Lines over the same two axes.
 
@@ -55,6 +83,7 @@ class Plane:
         y_label: with its unit.
         title: above it; "" for none.
         log: whether the vertical axis is logarithmic.
+        instant: a place that is marked; None for none.
     """
 
     lines: Sequence[Line]
@@ -62,6 +91,7 @@ class Plane:
     y_label: str
     title: str = ""
     log: bool = False
+    instant: Instant | None = None
 
 
 @dataclass(frozen=True)
@@ -85,11 +115,6 @@ class Curves:
     def rows(self) -> int:
         """Rows of planes."""
         return math.ceil(len(self.planes) / self.columns)
-
-    @property
-    def labels(self) -> list[str]:
-        """Entries of the legend."""
-        return list(dict.fromkeys(line.label for plane in self.planes for line in plane.lines))
 
 
 @dataclass(frozen=True)
@@ -131,24 +156,27 @@ class HeatMap:
     Attributes:
         title: of the figure.
         x: where each column begins.
+        end: where the last one ends.
         rows: labels, the first on top.
         shares: of each row and column, from 0 (its lowest value) to 1.
         texts: the values themselves.
         x_label: with its unit.
+        instant: a place that is marked; None for none.
     """
 
     title: str
     x: Sequence[float]
+    end: float
     rows: Sequence[str]
     shares: Sequence[Sequence[float]]
     texts: Sequence[Sequence[str]]
     x_label: str
+    instant: Instant | None = None
 
     @property
     def edges(self) -> list[float]:
         """Where columns begin, and where the last one ends: a value holds until the next one."""
-        width = self.x[-1] - self.x[-2] if len(self.x) > 1 else 1.0
-        return [*self.x, self.x[-1] + width]
+        return [*self.x, self.end]
 
 
 Chart = Curves | Bars | HeatMap

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from studies.figures.charts import Bars, Chart, Curves, HeatMap, Line
+from bilevel.curves import COLORS
+from studies.figures.charts import ON_COLORS, Bars, Chart, Curves, HeatMap, Line
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -13,6 +14,11 @@ __all__ = ["interactive"]
 
 DECADES = 300.0
 """Ratio of the largest to the least value above which only powers of ten are labeled."""
+
+DIGITS = 5.0
+"""The same ratio above which only 1, 2 and 5 times a power of ten are."""
+
+_INSTANT = {"line_color": COLORS[9], "line_width": 1, "line_dash": "dash"}
 
 _SYMBOLS = {"dot": "circle", "ring": "circle-open", "cross": "x-thin"}
 
@@ -50,12 +56,20 @@ def _curves(chart: Curves) -> tuple[Figure, int]:
         for line in plane.lines:
             figure.add_trace(_trace(line, line.label not in named), **where)
             named.add(line.label)
+        if plane.instant is not None:
+            label = plane.instant.label
+            look = {"name": label, "legendgroup": label, "showlegend": label not in named}
+            figure.add_vline(plane.instant.x, **_INSTANT, **look, **where)
+            named.add(label)
         figure.update_yaxes(title_text=plane.y_label, **where)
         if plane.log:
             figure.update_yaxes(type="log", exponentformat="power", **where)
             values = [value for line in plane.lines for value in line.y]
-            if max(values) > DECADES * min(values):
-                figure.update_yaxes(dtick=1, **where)  # else digits between the powers overlap
+            # Else labels between the powers of ten overlap where the plane is low.
+            for ratio, ticks in ((DECADES, 1), (DIGITS, "D2")):
+                if max(values) > ratio * min(values):
+                    figure.update_yaxes(dtick=ticks, **where)
+                    break
         if place + chart.columns >= len(chart.planes):  # the lowest of its column
             figure.update_xaxes(title_text=plane.x_label, **where)
     if len(chart.planes) > 1:
@@ -140,4 +154,9 @@ def _heat_map(chart: HeatMap) -> tuple[Figure, int]:
     )
     figure.update_yaxes(autorange="reversed", automargin=True)
     figure.update_xaxes(title_text=chart.x_label)
+    if chart.instant is not None:
+        text = {"annotation_text": chart.instant.label, "annotation_position": "top"}
+        figure.add_vline(
+            chart.instant.x, **_INSTANT | {"line_color": ON_COLORS, "line_width": 1.5}, **text
+        )
     return figure, 120 + 22 * len(chart.rows)

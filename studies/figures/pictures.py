@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from studies.figures.charts import Bars, Chart, Curves, HeatMap, Line
+from bilevel.curves import COLORS
+from studies.figures.charts import ON_COLORS, Bars, Chart, Curves, HeatMap, Line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,6 +53,9 @@ def _curves(figure: Figure, chart: Curves) -> None:
     for axes, plane in zip(grid, chart.planes, strict=False):
         for line in plane.lines:
             entries.setdefault(line.label, _line(axes, line))
+        if plane.instant is not None:
+            drawn = axes.axvline(plane.instant.x, color=COLORS[9], linewidth=1, linestyle="--")
+            entries.setdefault(plane.instant.label, drawn)
         axes.set_title(plane.title, fontsize=9, loc="left")
         axes.set_xlabel(plane.x_label, fontsize=8)
         axes.set_ylabel(plane.y_label, fontsize=8)
@@ -113,6 +117,17 @@ def _heat_map(figure: Figure, chart: HeatMap) -> None:
     axes.invert_yaxis()
     axes.set_xlabel(chart.x_label, fontsize=8)
     axes.tick_params(labelsize=8)
+    if chart.instant is not None:
+        axes.axvline(chart.instant.x, color=ON_COLORS, linewidth=1.2, linestyle="--")
+        axes.annotate(
+            chart.instant.label,
+            (chart.instant.x, 1.0),
+            (0, 2),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
     bar = figure.colorbar(drawn, ax=axes, ticks=[0, 1], shrink=min(1.0, 4 / len(chart.rows)))
     bar.set_ticklabels(["lowest", "highest"], fontsize=8)
     bar.set_label("own range", fontsize=8)

@@ -19,7 +19,7 @@ from studies.messages import TRACE
 from studies.record import TrialRecord
 from studies.storage.database import check_folder
 from studies.views.objectives import better, leading, objectives
-from studies.views.readable import NoResultError, Readable
+from studies.views.readable import Readable
 from studies.views.summary import describe_values
 from studies.views.tables import trial_cells, trial_headings, value_text
 
@@ -41,13 +41,13 @@ def write_report(study: Readable, folder: Path) -> list[Path]:
         The page, then the PNGs in the order of the page.
 
     Raises:
-        ValueError: no trial is complete.
+        NoResultError: no trial is complete, or none within the constraints.
         StorageError: the folder cannot be written to.
     """
     check_folder(folder, "the report's folder")
     best = leading(study)
     if not best:
-        raise NoResultError(f"study {study.name!r} has no complete trial yet.")
+        raise study.no_result()
     parts = [note(_explanation(study)), _trials(study, best)]
     files: list[Path] = []
     for name, chart in figures(study).items():

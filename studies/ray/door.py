@@ -17,6 +17,7 @@ from bilevel.checks import integer
 from studies.executors.hosts import check_hosts
 from studies.ray.policies import Within, bounds, mutations, policy_schedules
 from studies.ray.searcher import StudySearcher
+from studies.ray.sweep import STRICT
 from studies.ray.trainable import BilevelTrainable, as_trainable
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ __all__ = [
 SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # CSV, JSON and TensorBoard files of every trial
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a killed driver loses a second, not ten
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one bad trial does not end the sweep
+    STRICT: "1",  # one bad trial does not end the sweep
 }
 """Environment variables that `tuner` sets where they are not set; `fit` reads them."""
 
@@ -84,6 +85,7 @@ def tuner(
     Raises:
         ValueError: a number out of its range.
         ExecutorError: Ray runs on several hosts without token authentication.
+        MismatchError: the study of the searcher has another learner or another task.
     """
     import ray
     from ray import tune
@@ -102,7 +104,7 @@ def tuner(
     if searcher is None and param_space is None and ours:
         space = trainable.setting.space.to_ray()
     if searcher is not None:
-        searcher.prepare(scheduler, number_trials=ours)
+        searcher.prepare(scheduler, trainable.setting if ours else None)
         space.setdefault("study", searcher.name)  # Tune passes metric and mode on with a space only
     known = () if searcher is None else searcher.metrics
     if metric is None and not known and ours:

@@ -8,7 +8,6 @@ the last report; a stop rule of the run holds; the scheduler's own `max_t` is re
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ray.air.constants import TRAINING_ITERATION
@@ -18,14 +17,7 @@ from studies.ray.trainable import FINISHED
 if TYPE_CHECKING:
     from ray.tune.schedulers import TrialScheduler
 
-__all__ = ["Ending", "Endings"]
-
-
-class Ending(Enum):
-    """How a trial ended."""
-
-    OWN = "own"
-    STOPPED = "stopped"
+__all__ = ["Endings"]
 
 
 class Endings:
@@ -48,26 +40,22 @@ class Endings:
         """A report after which the trial was to go on."""
         self._seen[trial_id] = int(result.get(TRAINING_ITERATION, 0))
 
-    def of(self, trial_id: str, result: Mapping[str, Any]) -> tuple[Ending, str]:
-        """Return how a trial ended, and why in words."""
+    def why_stopped(self, trial_id: str, result: Mapping[str, Any]) -> str | None:
+        """Return who stopped a trial before its end, in words; None where it ended by itself."""
         at = int(result.get(TRAINING_ITERATION, 0))
         if result.get(FINISHED):
-            return Ending.OWN, ""
+            return None
         if self._seen.get(trial_id) == at:  # a decision to stop would not have shown us the report
-            if result.get("done"):
-                return Ending.OWN, ""
-            return Ending.STOPPED, f"stopped from outside at iteration {at}"
+            return None if result.get("done") else f"stopped from outside at iteration {at}"
         rules = self.stop if isinstance(self.stop, Mapping) else {}
         if any(name in result and result[name] >= top for name, top in rules.items()):
-            return Ending.OWN, ""
-        stopped = Ending.STOPPED, f"stopped by the scheduler at iteration {at}"
+            return None
         if self.scheduler is None:
-            furthest = max(self._seen.values(), default=0)
-            return stopped if at < furthest else (Ending.OWN, "")
-        top, unit = _limit(self.scheduler)
-        if top is None or result.get(unit, at) >= top:
-            return Ending.OWN, ""
-        return stopped
+            own = at >= max(self._seen.values(), default=0)
+        else:
+            top, unit = _limit(self.scheduler)
+            own = top is None or result.get(unit, at) >= top
+        return None if own else f"stopped by the scheduler at iteration {at}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a restored searcher needs, as plain data."""

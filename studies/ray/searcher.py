@@ -12,12 +12,13 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, TrialState
-from ray._private.dict import unflatten_dict
+from ray._private.dict import unflatten_dict  # Tune's own searchers take it; nothing public has it
 from ray.air.constants import TRAINING_ITERATION
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from bilevel.space import Space
+from studies.messages import Setting
 from studies.ray.endings import Endings
 from studies.ray.study import TRIAL_ID, SpaceLike, add_point, draw
 from studies.ray.sweep import Sweep
@@ -61,7 +62,7 @@ class StudySearcher(Searcher):
     Raises:
         ValueError: metric and mode that do not fit; a mode that is neither; a point outside the
             space.
-        MismatchError: the study exists with other directions or another space.
+        MismatchError: the study exists with other directions, another space, learner or task.
     """
 
     def __init__(
@@ -128,10 +129,21 @@ class StudySearcher(Searcher):
             return bool(self._sweep.space)
         return not domains and not grid  # domains in two places are refused by Tune
 
-    def prepare(self, scheduler: TrialScheduler | None, *, number_trials: bool) -> None:
-        """Learn what else `studies.ray.tuner` knows of the sweep; see the class."""
+    def prepare(self, scheduler: TrialScheduler | None, setting: Setting | None) -> None:
+        """Learn what else `studies.ray.tuner` knows of the sweep; see the class.
+
+        Args:
+            scheduler: of the sweep.
+            setting: of a trainable of ours, whose trials are numbered; the study stores its
+                learner's and its task's name.
+
+        Raises:
+            MismatchError: the study has another learner or another task.
+        """
         self._endings.scheduler = scheduler or self._endings.scheduler or FIFOScheduler()  # type: ignore[no-untyped-call]
-        self._number_trials = self._number_trials or number_trials
+        if setting is not None:
+            self._number_trials = True
+            self._sweep.describe({"learner": setting.learner.name, "task": setting.task.name})
 
     @property
     def name(self) -> str:
@@ -204,7 +216,8 @@ class StudySearcher(Searcher):
         if result is None:
             prune(self.study, trial, "removed by the scheduler while it was paused or pending")
             return
-        tell(self.study, trial, self.metrics, result, self._endings.of(trial_id, result))
+        stopped = self._endings.why_stopped(trial_id, result)
+        tell(self.study, trial, self.metrics, result, stopped)
 
     def add_evaluated_point(
         self,

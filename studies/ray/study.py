@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import optuna
 from optuna.distributions import BaseDistribution
@@ -22,6 +22,7 @@ __all__ = [
     "TRIAL_ID",
     "SpaceLike",
     "add_point",
+    "agree",
     "aims",
     "draw",
     "known_to_tune",
@@ -59,13 +60,24 @@ def open_study(
     sampler: BaseSampler,
     space: SpaceLike,
     aim: tuple[Sequence[str], Sequence[str]],
+    about: Mapping[str, str],
     points: Sequence[Mapping[str, Any]],
     rewards: Sequence[float | Sequence[float]] | None,
 ) -> optuna.Study:
-    """Make a study with its first points, or open one that agrees; `aim` is metrics and modes.
+    """Make a study with its first points, or open one that agrees.
+
+    Args:
+        name: of the study.
+        storage: see `StudySearcher`.
+        sampler: see `StudySearcher`.
+        space: see `StudySearcher`.
+        aim: metrics and modes.
+        about: further user attributes of the study.
+        points: configs to try first.
+        rewards: their values where they are known.
 
     Raises:
-        MismatchError: the study exists with other directions or another space.
+        MismatchError: the study exists with other directions, or is about something else.
         ValueError: a point outside the space.
     """
     directions = [_DIRECTIONS[mode] for mode in aim[1]]
@@ -76,7 +88,10 @@ def open_study(
         directions=directions,
         load_if_exists=True,
     )
-    _agree(study, space, directions)
+    old = [direction.name.lower() for direction in study.directions]
+    if old != directions:
+        _refuse(study, [f"direction: {old} before, {directions} now"])
+    agree(study, {**about, "space": space.to_json()} if isinstance(space, Space) else about)
     if all_trials(study):
         return study
     if rewards is None:
@@ -88,26 +103,34 @@ def open_study(
     return study
 
 
-def _agree(study: optuna.Study, space: SpaceLike, directions: Sequence[str]) -> None:
-    """Refuse to go on with a study of other directions or another space; remember the space.
+def agree(study: optuna.Study, about: Mapping[str, str]) -> None:
+    """Refuse a study that is about something else; store what it does not say itself.
+
+    Args:
+        study: to go on with.
+        about: user attributes of it: the names of its learner and its task, its space as JSON.
 
     Raises:
         MismatchError: with a line for each difference.
     """
+    known = study.user_attrs
     lines = []
-    old = [direction.name.lower() for direction in study.directions]
-    if old != list(directions):
-        lines.append(f"direction: {old} before, {directions} now")
-    mine = space.to_json() if isinstance(space, Space) else None
-    stored = study.user_attrs.get("space")
-    if mine is not None and stored is not None:
-        lines += Space.from_json(stored).differences(Space.from_json(mine))
+    for name, mine in about.items():
+        if name not in known:
+            continue
+        if name == "space":
+            lines += Space.from_json(known[name]).differences(Space.from_json(mine))
+        elif known[name] != mine:
+            lines.append(f"{name}: {known[name]!r} before, {mine!r} now")
     if lines:
-        raise MismatchError(
-            f"study {study.study_name!r} has other settings:\n  " + "\n  ".join(lines)
-        )
-    if mine is not None and stored is None:
-        study.set_user_attr("space", mine)
+        _refuse(study, lines)
+    for name, mine in about.items():
+        if name not in known:
+            study.set_user_attr(name, mine)
+
+
+def _refuse(study: optuna.Study, lines: Sequence[str]) -> NoReturn:
+    raise MismatchError(f"study {study.study_name!r} has other settings:\n  " + "\n  ".join(lines))
 
 
 def draw(space: SpaceLike, trial: Any) -> Mapping[str, Any]:

@@ -13,14 +13,23 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.trial import FrozenTrial, Trial
 
-from studies.ray.study import TRIAL_ID, SpaceLike, aims, known_to_tune, open_study, orphans
+from studies.ray.study import (
+    TRIAL_ID,
+    SpaceLike,
+    agree,
+    aims,
+    known_to_tune,
+    open_study,
+    orphans,
+)
 from studies.storage.all_trials import all_trials
 from studies.storage.database import open_storage, parse_storage
 from studies.storage.trials_json import trial_from_json, trial_to_json
 
-__all__ = ["Sweep"]
+__all__ = ["STRICT", "Sweep"]
 
 STRICT = "TUNE_DISABLE_STRICT_METRIC_CHECKING"
+"""Environment variable without which Tune ends a sweep where one trial forgets the metric."""
 
 
 class Sweep:
@@ -59,6 +68,7 @@ class Sweep:
         self._storage = storage if storage is None or isinstance(storage, BaseStorage) else None
         self._url = None if storage is None or self._storage else parse_storage(storage)  # type: ignore[arg-type]
         self._sampler, self._points, self._rewards = sampler, list(points), rewards
+        self._about: dict[str, str] = {}
         self._orphans: list[int] = []
         self._study: optuna.Study | None = None
 
@@ -76,13 +86,23 @@ class Sweep:
             )
         self.metrics, self.modes = metrics, modes
 
+    def describe(self, about: Mapping[str, str]) -> None:
+        """Learn what the study is about: user attributes of it, such as the learner's name.
+
+        Raises:
+            MismatchError: the study is open and is about something else.
+        """
+        self._about = dict(about)
+        if self._study is not None:
+            agree(self._study, self._about)
+
     @property
     def study(self) -> optuna.Study:
         """The study; made, or opened, at first use.
 
         Raises:
             RuntimeError: metric, mode or space are not known.
-            MismatchError: the study exists with other directions or another space.
+            MismatchError: the study exists with other directions, or is about something else.
         """
         if self._study is None:
             self._study = self._open()
@@ -94,7 +114,6 @@ class Sweep:
                 "StudySearcher needs a space, a metric and a mode: give them to it, or use "
                 "studies.ray.tuner; Tune passes on those of TuneConfig only with a param_space."
             )
-        # Tune would end the whole sweep where one trial forgets to report the metric.
         os.environ.setdefault(STRICT, "1")
         if self._storage is None:
             self._storage = InMemoryStorage() if self._url is None else open_storage(self._url)
@@ -104,6 +123,7 @@ class Sweep:
             self._sampler,
             self.space,
             (self.metrics, self.modes),
+            self._about,
             self._points,
             self._rewards,
         )
@@ -163,11 +183,9 @@ class Sweep:
             self.aim(state["metrics"], state["modes"])
         if state["trials"] is not None:
             self._storage = InMemoryStorage()
-            points, self._points = self._points, []
-            rewards, self._rewards = self._rewards, None
+            self._points, self._rewards = [], None  # they are among the trials
             for trial in state["trials"]:
                 self.study.add_trial(trial_from_json(trial))
-            self._points, self._rewards = points, rewards
         self.numbers = dict(state["numbers"])
         self._find_orphans(set())
 

@@ -11,7 +11,6 @@ import optuna
 from optuna.trial import Trial, TrialState
 from ray.air.constants import TRAINING_ITERATION
 
-from studies.ray.endings import Ending
 from studies.ray.trainable import FAILURE, RECORD
 from studies.storage.all_trials import all_trials
 
@@ -23,9 +22,9 @@ def tell(
     trial: Trial,
     metrics: Sequence[str],
     result: Mapping[str, Any],
-    ending: tuple[Ending, str],
+    stopped: str | None,
 ) -> None:
-    """Tell what became of a trial, from its last report and how it ended."""
+    """Tell what became of a trial, from its last report and who stopped it, if anybody did."""
     note(trial, result)
     if f"{FAILURE}/kind" in result:
         fail(study, trial, result[f"{FAILURE}/kind"], result[f"{FAILURE}/message"])
@@ -44,9 +43,8 @@ def tell(
         step = int(result.get(TRAINING_ITERATION, 0))
         if step not in all_trials(study)[trial.number].intermediate_values:
             trial.report(values[0], step)
-    how, reason = ending
-    if how is Ending.STOPPED:
-        prune(study, trial, reason)
+    if stopped is not None:
+        prune(study, trial, stopped)
         return
     study.tell(trial, values)
 

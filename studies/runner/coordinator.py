@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from optuna.trial import Trial, TrialState
 
@@ -188,7 +188,7 @@ class Coordinator:
         if not self._executor.isolated:
             deaths = self._ledger.count_start(trial, assignment.checkpoint)
             if deaths is not None:
-                self._tell(trial, _failed(number, Failure("died", deaths)))
+                self._tell(trial, _failed(number, Failure("died", deaths), Cost()))
                 return
         self._live[number] = _Live(trial, time.monotonic() - self._used.get(number, 0.0))
         self._executor.start(assignment)
@@ -212,9 +212,12 @@ class Coordinator:
             self._used[message.number] = time.monotonic() - live.began
             del self._live[message.number]
             if isinstance(message, Outcome):
+                failure, cost = message.record.failure, message.record.cost
+                if failure is not None and not cost.equivalent_steps:  # it cannot say any more
+                    message = replace(message, record=replace(message.record, cost=live.cost))
                 self._tell(live.trial, message)
             elif isinstance(message, Lost):
-                self._lose(live.trial, message.failure)
+                self._lose(live, message.failure)
             else:
                 self._ledger.pause(live.trial, message.so_far)
                 self._waiting.add(message.number)
@@ -242,10 +245,11 @@ class Coordinator:
         ratio, cost = (after - before) / before, reached.cost
         return Cost(round(ratio * cost.steps), round(ratio * cost.equivalent_steps))
 
-    def _lose(self, trial: Trial, failure: Failure) -> None:
+    def _lose(self, live: _Live, failure: Failure) -> None:
         """The worker died: the same trial goes on, or is given up."""
+        trial = live.trial
         if self._ledger.count_loss(trial) > self._limits.retries:
-            self._tell(trial, _failed(trial.number, failure))
+            self._tell(trial, _failed(trial.number, failure, live.cost))
             return
         self._on_event(Retried(trial.number, failure))
         self._waiting.add(trial.number)
@@ -278,7 +282,7 @@ class Coordinator:
                 self._executor.kill(number)
                 del self._live[number]
                 failure = Failure("timeout", f"over its limit of {limit:g} s")
-                self._tell(live.trial, _failed(number, failure))
+                self._tell(live.trial, _failed(number, failure, live.cost))
 
     def _check_failures(self) -> None:
         finished = [t for t in self._ledger.trials() if t.state.is_finished()]
@@ -292,5 +296,5 @@ class Coordinator:
             )
 
 
-def _failed(number: int, failure: Failure) -> Outcome:
-    return Outcome(TrialRecord(number, "failed", failure=failure))
+def _failed(number: int, failure: Failure, cost: Cost) -> Outcome:
+    return Outcome(TrialRecord(number, "failed", failure=failure, cost=cost))

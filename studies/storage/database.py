@@ -19,6 +19,7 @@ import psutil
 import sqlalchemy
 from sqlalchemy.engine import URL
 
+from studies.storage.layout import DATABASE
 from studies.storage.sqlite_file import BUSY_TIMEOUT, find_fault
 
 if TYPE_CHECKING:
@@ -179,9 +180,7 @@ def _check_sqlite(path: Path, create: bool) -> None:
     """Refuse what SQLite would report late, unclearly, or not at all."""
     where = f"storage {str(path)!r}"
     if path.is_dir():
-        raise StorageError(
-            f"{where} is a folder; give the file, such as {str(path / 'bilevel.db')!r}."
-        )
+        raise StorageError(f"{where} is a folder; give the file, such as {str(path / DATABASE)!r}.")
     if not path.exists():
         if not create:
             raise StorageError(f"{where} does not exist.")

@@ -104,9 +104,10 @@ def rehearse(setting: Setting, trial: Assignment) -> None:
             f"{list(setting.space.grad)}; give them to the sampler with space.own(...)."
         )
     found = as_metrics(learner.evaluate("val"))
-    for name in (*setting.metrics, *setting.constraints):
-        if name not in found:
-            raise ValueError(f"metric must be one of {sorted(found)}, but got {name!r}.")
+    for argument, names in (("metric", setting.metrics), ("constraints", setting.constraints)):
+        for name in names:
+            if name not in found:
+                raise ValueError(f"{argument} must be one of {sorted(found)}, but got {name!r}.")
 
 
 def restore(setting: Setting, trial: Assignment) -> Learner:

@@ -101,10 +101,15 @@ def _parquet(table: list[dict[str, Any]], to: Path | None) -> None:
         raise ValueError("parquet is not for a terminal; give a file with --to.")
     columns = list(table[0]) if table else ["number"]
     data = {name: _column([row[name] for row in table]) for name in columns}
+    made = pyarrow.table(data)
+    if to is None:
+        parquet.write_table(made, sys.stdout.buffer)
+        return
     try:
-        parquet.write_table(pyarrow.table(data), sys.stdout.buffer if to is None else str(to))
+        with to.open("wb") as file:
+            parquet.write_table(made, file)
     except OSError as error:
-        raise StorageError(f"--to: cannot write {str(to)!r}: {error}.") from error
+        raise StorageError(f"--to: cannot write {str(to)!r}: {error.strerror}.") from error
 
 
 def _column(values: list[Any]) -> list[Any]:

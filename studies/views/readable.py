@@ -68,10 +68,14 @@ class Readable(ABC):
             )
         best = best_of(self.optuna)
         if best is None:
-            ended = any(record.state == "complete" for record in self.trials)
-            limits = " within the constraints" if ended else ""
-            raise NoResultError(f"study {self.name!r} has no complete trial{limits} yet.")
+            raise self.no_result()
         return best
+
+    def no_result(self) -> NoResultError:
+        """Return why no trial leads: none is complete, or none within the constraints."""
+        ended = any(record.state == "complete" for record in self.trials)
+        limits = " within the constraints" if ended else ""
+        return NoResultError(f"study {self.name!r} has no complete trial{limits} yet.")
 
     @property
     def trials(self) -> list[TrialRecord]:

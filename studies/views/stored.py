@@ -108,12 +108,19 @@ class StoredStudy(Readable):
     @property
     def learner_name(self) -> str:
         """Name of the learner, "-" where it is not known."""
-        return str(self.settings.get("learner", "-"))
+        return str(self._about.get("learner", "-"))
 
     @property
     def task_name(self) -> str:
         """Name of the task, "-" where it is not known."""
-        return str(self.settings.get("task", {}).get("name", "-"))
+        return str(self._about.get("task", "-"))
+
+    @cached_property
+    def _about(self) -> Mapping[str, str]:
+        """Names of learner and task; a Tune sweep has them as attributes, and no settings."""
+        if self.ours:
+            return {"learner": self.settings["learner"], "task": self.settings["task"]["name"]}
+        return self.optuna.user_attrs
 
     @property
     def planned(self) -> int | None:

@@ -25,6 +25,7 @@ __all__ = [
     "done_line",
     "middle",
     "moves",
+    "rows_in_force",
     "summary",
     "trial_line",
 ]
@@ -82,7 +83,8 @@ def done_line(found: Mapping[str, Any]) -> str:
 
     ``27 trials (21 complete, 4 pruned, 2 failed: 1 timeout, 1 died)  best 0.3021 (trial 3)``
     """
-    parts = [f"{found[state]} {state}" for state in STATES if found[state]]
+    names = {"running": "open"}  # it may also wait for somebody who runs the study
+    parts = [f"{found[state]} {names.get(state, state)}" for state in STATES if found[state]]
     kinds = ", ".join(f"{n} {kind}" for kind, n in found["failures"].items())
     parts = [f"{part}: {kinds}" if part.endswith("failed") else part for part in parts]
     trials = f"{found['trials']} trial{'s' if found['trials'] != 1 else ''}"
@@ -92,7 +94,8 @@ def done_line(found: Mapping[str, Any]) -> str:
         return f"{text}  best {best['value']:.4f} (trial {best['number']})"
     if front:
         return f"{text}  front: trial{'s' if len(front) > 1 else ''} {', '.join(map(str, front))}"
-    return text if found["complete"] else f"{text}  no complete trial"
+    limits = " within the constraints" if found["complete"] else ""
+    return f"{text}  no complete trial{limits}"
 
 
 def action_line(number: int, action: str, text: str) -> str:
@@ -152,6 +155,14 @@ def moves(schedule: Schedule, hparams: Mapping[str, Any]) -> dict[str, str]:
         elements = f" ({size})" if size > 1 else ""
         found[name] = f"{start:.3g}->{middle(hparams[name]):.3g}{elements}"
     return found
+
+
+def rows_in_force(schedule: Schedule, steps: int) -> int:
+    """Return how many rows of a schedule came into force in so many training steps; at least one.
+
+    A later row is what would have come next: nothing was trained on it.
+    """
+    return max(1, int((schedule["step"] < steps).sum()))
 
 
 def middle(value: Any) -> float:

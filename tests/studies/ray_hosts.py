@@ -15,10 +15,14 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-__all__ = ["ROOT", "Host", "free_port", "new_token", "two_hosts"]
+from bilevel.metrics import Metrics
+from tests.studies.trials import Walker
+
+__all__ = ["ROOT", "Gated", "Host", "free_port", "new_token", "two_hosts"]
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +37,18 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+class Gated(Walker):
+    """Stands after step 8 until the file that GATE names exists, however slow its host is."""
+
+    name: ClassVar[str] = "gated"
+
+    def step(self) -> Metrics:
+        """Walk, or wait at the gate."""
+        while self.steps == 8 and "GATE" in os.environ and not Path(os.environ["GATE"]).exists():
+            time.sleep(0.05)
+        return super().step()
+
+
 @dataclass
 class Host:
     """A host, or a namespace that looks like one; `environment` is that of its daemons."""
@@ -42,6 +58,13 @@ class Host:
     prefix: tuple[str, ...] = ()
     address: str = "127.0.0.1"
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def __post_init__(self) -> None:
+        self.environment = {"GATE": str(self.folder / "open"), **self.environment}
+
+    def open_gate(self) -> None:
+        """Let trials of `Gated` go on; all hosts of a folder have the same gate."""
+        (self.folder / "open").touch()
 
     def start(self, *where: str) -> None:
         """``ray start`` with one CPU; `where` is ``--head --port=N`` or ``--address=...``."""
@@ -72,6 +95,12 @@ class Host:
                 found.add(pid)
                 above += map(int, _read(pid, f"task/{pid}/children").split())
         return found
+
+    def kill_daemon(self, name: str) -> None:
+        """End one daemon of Ray on it ("raylet", "gcs_server"); the others are left to see it."""
+        paths = {pid: _read(pid, "cmdline").split(b"\0")[0] for pid in self.processes()}
+        (daemon,) = (pid for pid, path in paths.items() if path.endswith(f"/{name}".encode()))
+        os.kill(daemon, signal.SIGKILL)
 
     def kill(self) -> None:
         """End Ray on it at once."""

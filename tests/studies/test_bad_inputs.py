@@ -232,7 +232,7 @@ TABLE: dict[str, list[Case]] = {
         ),
         Refused(
             lambda f: opened(f, storage=f),
-            "is a folder; give the file, such as '.*bilevel.db'",
+            "is a folder; give the file, such as '.*study.db'",
             StorageError,
         ),
         other_storage("/proc/none/x.db", "storage '/proc/none/x.db': its folder .* does not exist"),

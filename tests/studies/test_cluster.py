@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import optuna
 import pytest
@@ -15,6 +18,7 @@ from studies import Study
 from studies.events import Event, Retried, Rung
 from studies.executors.base import ExecutorError
 from studies.executors.config import RayActors
+from studies.executors.ray_connect import daemon
 from tests.studies.test_study import numbers, study
 from tests.studies.trials import Behaving, Walker
 
@@ -92,6 +96,20 @@ def test_a_trial_that_hangs_is_ended_at_its_limit(tmp_path: Path, ray_cluster: N
     found = Study("b", Behaving, TASK, tmp_path / "b.db", space=space, sampler="random")
     found.run(1, 10, executor="ray", trial_seconds=1.0)
     assert [str(r.failure) for r in found.trials] == ["timeout: over its limit of 1 s"]
+
+
+def test_a_daemon_that_has_ended_is_refused() -> None:
+    def listed(host: str, port: int) -> Any:
+        node = {"NodeID": "a", "NodeManagerAddress": host, "NodeManagerPort": port}
+        me = SimpleNamespace(get_node_id=lambda: "a")
+        return SimpleNamespace(nodes=lambda: [node], get_runtime_context=lambda: me)
+
+    with socket.create_server(("127.0.0.1", 0)) as alive:
+        port = alive.getsockname()[1]
+        assert daemon(listed("127.0.0.1", port)) == f"127.0.0.1:{port}"
+    with pytest.raises(ExecutorError, match="has ended, and the cluster has not noticed yet"):
+        daemon(listed("127.0.0.1", port))
+    assert daemon(listed("203.0.113.1", port)) is None  # a client outside of the cluster
 
 
 @pytest.mark.parametrize("resources", [{"CPU": 64.0}, {"CPU": 1.0, "GPU": 3.0}, {"rack": 1.0}])

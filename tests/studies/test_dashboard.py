@@ -9,19 +9,21 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from optuna.trial import create_trial
 
+from studies.record import TrialRecord
 from studies.storage.locks import coordinator_lock
 from studies.views.stored import StoredStudy
 from tests.studies.console import console, five_trials
 
 pytest.importorskip("optuna_dashboard", reason="optuna-dashboard is not installed")
 
-from studies.dashboard.app import Dashboard, DashboardError
+from studies.dashboard.app import Dashboard, DashboardError, trial_note
 
 TITLES = {
     "values": "Value against cost by owner",
@@ -152,9 +154,20 @@ def test_figures_and_notes_without_a_word_in_the_database(reading: Client, made:
     detail = json.loads(reading.enter().ask(f"/api/studies/{study.optuna._study_id}")[2])
     assert {graph["id"] for graph in detail["plotly_graph_objects"]} == set(TITLES)
     assert "robustness | grad" in detail["note"]["body"]
-    assert all("at the end" in trial["note"]["body"] for trial in detail["trials"])
+    heads = "| hyperparameter | owner | value |"
+    assert all(heads in trial["note"]["body"] for trial in detail["trials"])
     attributes = study.database.get_study_system_attrs(study.optuna._study_id)
     assert not any(key.startswith("dashboard:") for key in attributes)
+
+
+def test_a_note_says_when_a_trial_was_best(made: Path) -> None:
+    study = StoredStudy(made)
+    stored = study.trial(0)
+    for at, said in ((30, True), (None, False)):
+        record = replace(TrialRecord.of(stored), at=at)
+        trial = create_trial(value=record.value, user_attrs=record.attributes())
+        note = trial_note(study, trial)
+        assert ("Best after 30 of 40 training steps" in note) == said
 
 
 def test_a_running_study_can_be_shown(made: Path) -> None:

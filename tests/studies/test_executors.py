@@ -122,6 +122,15 @@ def test_a_trial_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
     assert [str(r.failure) for r in found.trials] == ["timeout: over its limit of 1 s"] * 2
 
 
+@pytest.mark.parametrize("how", ["raise", "hang", "die"])
+def test_a_failed_trial_has_cost_what_its_rungs_did(how: str, tmp_path: Path) -> None:
+    limit = 1.0 if how == "hang" else None
+    found = behaving(tmp_path, how).run(1, 10, executor="pool", trial_seconds=limit, retries=0)
+    (record,) = found.trials
+    assert record.failure is not None
+    assert record.cost.steps == max(record.rungs) == 4
+
+
 def test_a_trial_that_takes_too_much_memory_fails(tmp_path: Path) -> None:
     found = behaving(tmp_path, "memory").run(1, 10, executor=Processes(1, memory=1 << 30))
     failure = found.trials[0].failure

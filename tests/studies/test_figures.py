@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,11 +15,13 @@ from torch import nn
 from torch.nn.functional import one_hot
 
 from adapters import Method, registry, tasks
-from bilevel import MAID, Budget, Float, Grad, Space
+from adapters.tasks import Classification
+from bilevel import MAID, Budget, Descent, Float, Grad, Space
 from bilevel.inexact import Smoothness
+from hypergrad import Unrolled
 from studies import Study
 from studies.figures.across import importance
-from studies.figures.charts import LONGEST_NAME, Bars, Chart, Curves, HeatMap, short, thin
+from studies.figures.charts import LONGEST_NAME, Bars, Chart, Curves, HeatMap, Instant, short, thin
 from studies.figures.interactive import interactive
 from studies.figures.pictures import write_picture
 from studies.figures.plots import FIGURES, figures
@@ -75,6 +78,43 @@ def certified(tmp_path_factory: pytest.TempPathFactory) -> Study:
     return study.run(2, Budget(outer_steps=3), scheduler="fifo")
 
 
+class Passing(Method):
+    """One weight that runs from 0 to 1, where the training data is."""
+
+    name: ClassVar[str] = "passing"
+    space = Space(
+        lr=Float(1e-2, 0.1, log=True, default=0.05),
+        pull=Grad(1e-3, low=1e-4, high=1e-2, scale="log"),
+    ).fix(lr=0.05)
+
+    def network(self) -> nn.Module:
+        model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(model.weight)
+        return model
+
+    def measure(
+        self, model: nn.Module, hparams: Mapping[str, Any], batch: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        return {"loss": 0.5 * (model(torch.ones_like(batch["x"])) - batch["x"]).square().sum(1)}
+
+    def penalty(self, model: nn.Module, hparams: Mapping[str, Any]) -> torch.Tensor:
+        return 0.5 * hparams["pull"] * model.weight.square().sum()
+
+
+def passing(place: float, folder: Path, steps: int = 60) -> Study:
+    """A study of one trial whose validation loss is lowest where the weight is at a place."""
+    rows = {
+        name: {"x": torch.full((4, 1), x), "y": torch.zeros(4).long()}
+        for name, x in (("train", 1.0), ("val", place), ("test", place))
+    }
+    task = Classification("line", rows, n_classes=2, corrupted=torch.zeros(4).bool())
+    algorithm = Descent(Unrolled(steps=5), lr=0.01)
+    study = Study(
+        "passing", registry.as_learner(Passing), task, folder / "study.db", algorithm=algorithm
+    )
+    return study.run(1, steps, scheduler="fifo")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> StoredStudy:
     """A study of five trials."""
@@ -122,6 +162,66 @@ def test_a_schedule_is_scaled_row_by_row(made: StoredStudy) -> None:
         assert (min(row), max(row)) in {(0.0, 1.0), (0.5, 0.5)}
     assert len(chart.edges) == len(chart.x) + 1
     assert chart.edges[-1] > chart.x[-1]
+
+
+def test_the_best_rung_is_marked_where_it_was_before_the_end(tmp_path: Path) -> None:
+    study = passing(0.5, tmp_path)
+    best, found = study.best, figures(study)
+    assert best.at is not None
+    assert 0 < best.at < best.cost.steps
+    heat = found["schedule"]
+    assert isinstance(heat, HeatMap)
+    assert heat.instant == Instant(best.at, "best rung")
+    label = f"best rung of trial {best.number}"
+    (path,) = curves(found["paths"]).planes
+    assert path.instant == Instant(best.at, label)
+    trace = json.loads(study.artifact("trace.json") or "")
+    (step,) = [row["outer_step"] for row in trace if row["steps"] == best.at]
+    (norm,) = curves(found["hypergradient_norms"]).planes
+    assert norm.instant == Instant(step, label)
+    for name in ("paths", "hypergradient_norms", "schedule"):
+        (shape,) = interactive(found[name]).layout.shapes
+        assert (shape.x0, shape.x1) == (
+            (step, step) if name.startswith("hyper") else (best.at,) * 2
+        )
+        with_it, without = tmp_path / "with.png", tmp_path / "without.png"
+        drawn(found[name], with_it)
+        drawn(unmarked(found[name]), without)
+        assert with_it.read_bytes() != without.read_bytes()
+    names = [shape.name for shape in interactive(found["paths"]).layout.shapes if shape.showlegend]
+    assert names == [label]
+    assert [note.text for note in interactive(heat).layout.annotations] == ["best rung"]
+
+
+def unmarked(chart: Chart) -> Chart:
+    """A chart without its mark."""
+    if isinstance(chart, HeatMap):
+        return replace(chart, instant=None)
+    planes = [replace(plane, instant=None) for plane in curves(chart).planes]
+    return replace(curves(chart), planes=planes)
+
+
+def test_a_trial_that_was_best_at_its_end_has_no_mark(tmp_path: Path) -> None:
+    study = passing(1.0, tmp_path, steps=10)
+    assert study.best.at is None
+    found = figures(study)
+    for name in ("paths", "hypergradient_norms", "schedule"):
+        assert unmarked(found[name]) == found[name]
+
+
+def test_figures_end_with_the_training(tmp_path: Path) -> None:
+    study = passing(0.5, tmp_path)
+    schedule, steps = study.schedule(), study.best.cost.steps
+    assert schedule is not None
+    assert schedule["step"][-1] == steps  # the value that would have come next
+    found = figures(study)
+    heat = found["schedule"]
+    assert isinstance(heat, HeatMap)
+    assert heat.edges == [*schedule["step"][:-1], steps]
+    (plane,) = curves(found["paths"]).planes
+    assert list(plane.lines[0].x) == [*schedule["step"][:-1], steps]
+    assert plane.lines[0].y[-1] == schedule["pull"][-2]
+    assert heat.rows == [f"pull  {schedule['pull'][0]:.2g} → {study.best.hparams['pull']:.2g}"]
 
 
 def test_certified_errors_of_maid(certified: Study, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from studies.commands.listing import show_table
 from studies.compare import Comparison, Row, Way, ways
 from studies.events import Finished, Rung, Started
 from studies.record import Failure, TrialRecord
+from studies.runner.schedulers import Halving
 
 PLAN = ways(registry.get("network").space, 3000, 8)
 
@@ -44,8 +45,21 @@ def test_searches_and_gradient_choose_the_same_hyperparameters() -> None:
     assert set(by_name["hybrid"].space.sampled).isdisjoint(smooth)
     assert set(by_name["hybrid"].space.grad) == smooth
     assert not {*by_name["default"].space.sampled, *by_name["default"].space.grad}
-    for way in PLAN[1:]:
-        assert way.trials * (way.budget.equivalent_steps or 0) == 3000
+    for way in PLAN[1:5]:
+        assert way.trials * (way.budget.equivalent_steps or 0) == way.cost == 3000
+
+
+@pytest.mark.parametrize(("trials", "run"), [(2, 3), (7, 3), (8, 9), (20, 18), (26, 27)])
+def test_the_hybrid_costs_as_much_as_a_search(trials: int, run: int) -> None:
+    hybrid = ways(registry.get("network").space, 9000, trials)[-1]
+    assert (hybrid.trials, hybrid.cost, hybrid.halved) == (run, 9000, True)
+    ladder = Halving().ladder(run, 10)
+    left, before, shares = ladder.width, 0.0, 0.0
+    for level in (*(ladder.rungs[number - 1] for number in ladder.levels), 1.0):
+        shares += left * (level - before)
+        left, before = left // 3, level
+    each = hybrid.budget.equivalent_steps or 0
+    assert each * shares * run / ladder.width == pytest.approx(9000, rel=0.01)
 
 
 def test_without_discrete_hyperparameters_there_is_no_hybrid() -> None:
@@ -98,14 +112,16 @@ def test_the_bar_stands_where_the_job_is(screen: io.StringIO) -> None:
         show("tpe", 1, Started(4, 8, {}, True))  # resumed: nothing was said about what came before
         show("tpe", 1, Rung(4, 5, 10, 0.4321))
     last = re.findall(r"seed 1  TPE \(Optuna\)  trial 5/8  val 0\.432.*?(\d+) %", screen.getvalue())
-    each = [way.trials * (way.budget.equivalent_steps or 0) for way in PLAN]
+    each = [way.cost for way in PLAN]
     done = sum(each) + sum(each[:3]) + 4.5 * each[3] / 8
     assert int(last[-1]) == round(100 * done / (2 * sum(each)))
 
 
 def test_the_bar_ends_at_the_end(screen: io.StringIO) -> None:
     with job._progress(False, range(2), PLAN) as show:
-        show("hybrid", 1, Finished(record(3, 0.2), True))
+        for number in range(9):
+            show("hybrid", 1, Rung(number, 1, 11, 0.2))
+            show("hybrid", 1, Finished(record(number, 0.2, cost=Cost(gradients=334)), True))
     assert "100 %" in screen.getvalue()
 
 

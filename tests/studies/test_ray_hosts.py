@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,13 +26,13 @@ pytestmark = [
 ]
 
 WALK = """
-learner = "tests.studies.trials:Walker"
+learner = "tests.studies.ray_hosts:Gated"
 task = { name = "digits", n_train = 100 }
 sampler = { name = "random" }
 seed = 5
 
 [space]
-pace = 0.1
+pace = 0.0
 
 [run]
 trials = 8
@@ -74,19 +76,21 @@ def same(found: list[TrialRecord], expected: list[TrialRecord]) -> None:
         assert [getattr(r, name) for r in found] == [getattr(r, name) for r in expected]
 
 
-def wait_for_rung(out: Path, rung: int, trials: int) -> None:
-    """Wait until so many trials at once run beyond a rung."""
-    deadline = time.monotonic() + 120
+def wait_for_gate(out: Path, trials: int, ran: subprocess.Popen[str]) -> None:
+    """Wait until so many trials at once stand at their gate, beyond the fourth rung."""
+    deadline = time.monotonic() + 400
     while time.monotonic() < deadline:
+        if ran.poll() is not None:
+            raise RuntimeError(f"the study has ended: {ran.communicate()}")
         try:
             records = StoredStudy(out).trials if out.exists() else []
         except StorageError:  # being made
             records = []
         at = [max(r.rungs, default=0) for r in records if r.state == "running"]
-        if sum(number >= rung for number in at) >= trials:
+        if sum(rung >= 4 for rung in at) >= trials:
             return
         time.sleep(0.1)
-    raise TimeoutError(f"no {trials} trials at rung {rung}")
+    raise TimeoutError(f"no {trials} trials at the gate")
 
 
 def test_a_host_is_lost_and_no_trial_is(folder: Path) -> None:
@@ -95,11 +99,37 @@ def test_a_host_is_lost_and_no_trial_is(folder: Path) -> None:
         second.start("--address=10.77.0.1:6379")
         run = ("study", "run", "walk.toml", "--out", "out", "--workers", "2")
         ran = first.bilevel(*run, "--ray-address", "10.77.0.1:6379")
-        wait_for_rung(folder / "out", 2, 2)  # one trial on each host, which has one CPU
+        wait_for_gate(folder / "out", 2, ran)  # one trial on each host, which has one CPU
         second.kill()
+        first.open_gate()
         _, said = ran.communicate(timeout=180)
     assert ran.returncode == 0, said
     assert said.count("worker died") == 1
+    same(StoredStudy(folder / "out").trials, undisturbed(folder))
+
+
+def test_the_daemon_of_the_own_host_is_lost(folder: Path) -> None:
+    with two_hosts(folder, {"RAY_AUTH_TOKEN": new_token()}) as (first, second):
+        first.start("--head", "--port=6379")
+        second.start("--address=10.77.0.1:6379")
+        run = ("study", "run", "walk.toml", "--out", "out", "--workers", "2")
+        ran = first.bilevel(*run, "--ray-address", "10.77.0.1:6379")
+        wait_for_gate(folder / "out", 2, ran)
+        first.kill_daemon("raylet")  # the head lives, and so does the other host
+        _, said = ran.communicate(timeout=180)
+        assert ran.returncode == 2, said
+        assert len(said.splitlines()) == 1
+        assert said.startswith("bilevel: ray: the daemon of Ray on this host (10.77.0.1:")
+        records = StoredStudy(folder / "out").trials
+        assert [(r.state, max(r.rungs)) for r in records] == [("running", 4)] * 2
+        for host in (first, second):
+            host.open_gate()
+            host.kill()
+        first.start("--head", "--port=6379")
+        second.start("--address=10.77.0.1:6379")
+        again = first.bilevel("study", "resume", "out", "--quiet")
+        _, said = again.communicate(timeout=180)
+    assert (again.returncode, said) == (0, "")
     same(StoredStudy(folder / "out").trials, undisturbed(folder))
 
 
@@ -120,6 +150,7 @@ def test_hosts_without_a_token_are_refused(folder: Path) -> None:
 
 def test_who_is_not_let_in_is_told_why(head: tuple[Host, str]) -> None:
     host, address = head
+    host.open_gate()
     study = (host.folder / "walk.toml").read_text()
     actors = f'name = "RayActors", address = "{address}", resources = {{ GPU = 4 }}'
     wide = study.replace("[run]", f"[run]\nexecutor = {{ {actors} }}")
@@ -159,17 +190,25 @@ def test_who_is_not_let_in_is_told_why(head: tuple[Host, str]) -> None:
     assert again.returncode == 0
 
 
-def test_a_study_outlives_its_cluster(head: tuple[Host, str]) -> None:
+@pytest.mark.parametrize(
+    ("lost", "reason"), [("head", "no answer for 20 s; the"), ("all", "the trials")]
+)
+def test_a_study_outlives_its_cluster(lost: str, reason: str, head: tuple[Host, str]) -> None:
     host, address = head
     ran = host.bilevel("study", "run", "walk.toml", "--out", "out", "--ray-address", address)
-    wait_for_rung(host.folder / "out", 3, 1)
-    host.kill()
+    wait_for_gate(host.folder / "out", 1, ran)
+    if lost == "head":
+        host.kill_daemon("gcs_server")
+    else:
+        host.kill()
     _, said = ran.communicate(timeout=120)
     assert ran.returncode == 2, said
     assert said.splitlines()[-1].startswith("bilevel: ray: the cluster ")
-    assert f":{address.rpartition(':')[2]} is gone: no answer for 20 s;" in said
+    assert re.search(rf":{address.rpartition(':')[2]} is gone[:;] {reason}", said)
     (record,) = StoredStudy(host.folder / "out").trials
     assert record.state == "running"
+    host.kill()
+    host.open_gate()
     host.start("--head", f"--port={address.rpartition(':')[2]}")
     again = host.bilevel("study", "resume", "out", "--quiet")
     _, said = again.communicate(timeout=180)

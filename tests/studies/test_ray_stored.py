@@ -12,14 +12,14 @@ import pytest
 from adapters import registry, tasks
 from bilevel import Descent
 from hypergrad import Unrolled
-from studies import Study
+from studies import MismatchError, Study
 from studies.record import TrialRecord
 from tests.studies.console import console
-from tests.studies.trials import Behaving
+from tests.studies.trials import Behaving, Walker
 
 pytest.importorskip("ray")
-from ray._private.dict import flatten_dict
 from ray.tune.schedulers import ASHAScheduler
+from ray.tune.utils import flatten_dict
 
 from studies.ray import StudySearcher, as_trainable, tuner
 
@@ -78,6 +78,23 @@ def test_a_trial_that_failed_has_its_reason_and_its_cost() -> None:
     assert record.cost.steps == 8  # of the report whose number it was
 
 
+def test_a_sweep_is_of_one_learner_and_one_task(tmp_path: Path) -> None:
+    def prepared(learner: Any, space: Any) -> StudySearcher:
+        searcher = StudySearcher(SPACE, "loss", "min", storage=tmp_path / "s.db", study_name="s")
+        tuner(as_trainable(learner, TASK, space, budget=4), searcher, trials=1, workers=1, out="o")
+        return searcher
+
+    plain = SPACE.own(**dict.fromkeys(SPACE.grad, "sampler"))
+    early = StudySearcher(SPACE, "loss", "min", storage=tmp_path / "s.db", study_name="s")
+    assert early.study.user_attrs.keys() == {"space"}  # made before anybody said of what it is
+    attributes = prepared("network", plain).study.user_attrs
+    assert (attributes["learner"], attributes["task"]) == ("network", "digits")
+    with pytest.raises(MismatchError, match="learner: 'network' before, 'walker' now"):
+        _ = prepared(Walker, Walker.space).study
+    with pytest.raises(MismatchError, match="learner: 'network' before, 'walker' now"):
+        early.prepare(None, as_trainable(Walker, TASK, budget=4).setting)
+
+
 @pytest.mark.slow
 def test_commands_show_the_same_fields(tmp_path: Path, ray_cluster: None) -> None:
     trainable = as_trainable("network", TASK, SPACE, ALGORITHM, budget=40, steps_per_report=2)
@@ -114,3 +131,7 @@ def test_commands_show_the_same_fields(tmp_path: Path, ray_cluster: None) -> Non
     (page,) = (tmp_path / "report").glob("*.html")
     assert "max_iter" in console("study", "show", "tune.db", "0", cwd=tmp_path).out
     assert "momentum" in page.read_text()
+    assert "s: network on digits" in console("study", "status", "tune.db", cwd=tmp_path).out
+    compared = console("study", "compare", "tune.db", "tune.db", "--json", cwd=tmp_path)
+    rows = json.loads(compared.out)["studies"]
+    assert [(row["learner"], row["task"]) for row in rows] == [("network", "digits")] * 2

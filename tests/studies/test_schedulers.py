@@ -199,7 +199,7 @@ def test_constraints_decide_who_can_be_best(tmp_path: Path) -> None:
     none = Study("n", Trivial, TASK, tmp_path / "n.db", constraints={"size": -1.0}, **options)
     with pytest.raises(ValueError, match="no complete trial within the constraints"):
         _ = none.run(2, 1).best
-    with pytest.raises(ValueError, match="metric must be one of"):
+    with pytest.raises(ValueError, match="constraints must be one of"):
         Study("w", Trivial, TASK, tmp_path / "w.db", constraints={"weight": 1.0}).run(1, 1)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tomllib
 from pathlib import Path
 
@@ -187,22 +188,53 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("resume", "none"), "there is no folder or database 'none'"),
     (("show", "OUT", "9"), "has trials 0 to 2, but not trial 9"),
     (("show", "OUT", "-1"), "No such option: -1"),
-    (("show", "OUT", "one"), "Invalid value for 'N'"),
+    (("show", "OUT", "one"), "unable to parse string as an integer, but got 'one'."),
     (("best", "OUT", "--as", "xml"), "'yaml', 'json', 'py', 'toml'"),
-    (("export", "OUT", "xls"), "'csv', 'parquet', 'json'"),
+    (("export", "OUT", "xls"), "': 'xls' is not one of 'csv', 'parquet', 'json'."),
     (("export", "OUT", "csv", "--to", "none/x.csv"), "cannot write 'none/x.csv'"),
+    (("export", "OUT", "parquet", "--to", "none/x"), "write 'none/x': No such file or directory."),
     (("compare", "OUT"), "at least two"),
     (("best", "OUT/study.db", "--study", "smal"), "did you mean 'small'?"),
-    (("doctr", "OUT"), "No such command 'doctr'"),
+    (("doctr", "OUT"), "No such command 'doctr'; known: run, resume,"),
+    (("doctor", "none"), "there is no folder 'none'"),
+    (("run", "small.toml", "--out", "x", "--learn", "no.csv"), "--learn: there is no file 'no.c"),
+    (("run", "plans.py:fails", "--out", "x"), "failed: KeyError: 'alpha' ("),
+    (("run", "plans.py:takes", "--out", "x"), "missing 1 required positional argument: 'alpha'."),
+    (("run", "plans.py:failz", "--out", "x"), "known: fails, takes."),
+    (("run", "imports.py:plan", "--out", "x"), "ModuleNotFoundError: No module named 'nosuch' ("),
+    (("run", "broken.py:plan", "--out", "x"), "SyntaxError: '(' was never closed ("),
 ]  # fmt: skip
+
+
+FILES = {
+    "plans.py": """
+from os import path
+
+def fails():
+    return {}["alpha"]
+
+def takes(alpha):
+    return alpha
+""",
+    "imports.py": "import nosuch\n",
+    "broken.py": "plan = (\n",
+}
 
 
 @pytest.mark.parametrize(("args", "message"), WRONG, ids=lambda value: str(value)[:40])
 def test_wrong_input_is_one_sentence(
-    args: tuple[str, ...], message: str, made: tuple[Path, Ended], tmp_path: Path
+    args: tuple[str, ...],
+    message: str,
+    made: tuple[Path, Ended],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     study_file(tmp_path)
     (tmp_path / "notes.txt").write_text("not a database\n" * 100)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    for name in FILES:  # a module of this name may be of another folder
+        monkeypatch.delitem(sys.modules, name.removesuffix(".py"), raising=False)
     given = [arg.replace("OUT", str(made[0] / "out")) for arg in args]
     done = console("study", *given, cwd=tmp_path)
     assert done.code == 2, done.err
@@ -222,6 +254,13 @@ def test_a_typo_that_shows_late_leaves_no_study_behind(tmp_path: Path) -> None:
         console("study", "run", "small.toml", "--out", "out", "--trials", "1", cwd=tmp_path).code
         == 0
     )
+
+
+def test_help_of_the_commands_is_not_cut(tmp_path: Path) -> None:
+    done = console("study", cwd=tmp_path)
+    assert (done.code, done.err) == (0, "")
+    assert done.out == console("study", "--help", cwd=tmp_path).out
+    assert "..." not in done.out.partition("Commands:")[2]
 
 
 @pytest.mark.slow
