@@ -17,7 +17,7 @@ __all__ = ["Failure", "TrialRecord", "as_metrics", "as_numbers"]
 
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 
-Kind = Literal["gradient", "sampler"]
+Kind = Literal["gradient", "both", "sampler"]
 """Who moves the gradient-owned values of a trial: the gradient, or the sampler at its start."""
 
 _STATES: dict[TrialState, State] = {
@@ -68,8 +68,8 @@ class TrialRecord:
         failure: why it failed, where it did.
         rungs: intermediate values by rung.
         constraints: metric -> by how much it exceeds its limit; feasible where none is positive.
-        by: who moved the gradient-owned values: "gradient", or "sampler" in a trial at sampled
-            values.
+        by: who chose the gradient-owned values: "gradient"; "both", where it started from sampled
+            ones; or "sampler" in a trial at sampled values, in which nothing moved them.
         bracket: number of the bracket of successive halving; None without.
         start: number of the trial whose final gradient-owned values this one started from.
         imported: whether it comes from another study or a table.

@@ -158,8 +158,8 @@ class Study(Readable):
             FileNotFoundError: the study's folder does not hold its final state any more.
         """
         best, run = self.best, self._study.user_attrs["run"]
-        gradient = best.by == "gradient" and self.algorithm is not None
-        space = self.space if gradient else sampled_space(self.space)
+        gradient = best.by != "sampler" and self.algorithm is not None
+        space = self.space if best.by == "gradient" else sampled_space(self.space)
         values = space.values_from_params(best.params)
         budget = Budget(**{k: v for k, v in run["budget"].items() if k != "type"})
         setting = self._setting(budget, tuple(run["rungs"]), run["keep"])
@@ -308,8 +308,8 @@ class Study(Readable):
 
             def assign(trial: Trial, values: Mapping[str, Any]) -> Assignment:
                 by = ledger.get(trial.number).user_attrs.get("by", "gradient")
-                gradient = bool(self.space.grad) and by == "gradient"
-                if gradient and warm:
+                gradient = bool(self.space.grad) and by != "sampler"
+                if gradient and warm and by == "gradient":
                     values = warm_values(ledger, self.space, trial, dict(values))
                 return self._assignment(trial.number, values, gradient)
 

@@ -17,7 +17,7 @@ from optuna.trial import TrialState, create_trial
 from bilevel.curves import COLORS
 from studies.figures.charts import Bar, Bars, Curves, Line, Mark, Plane, short
 from studies.figures.inside import MOST_NAMES, base_name, is_log
-from studies.record import TrialRecord
+from studies.record import Kind, TrialRecord
 from studies.storage.all_trials import all_trials
 from studies.storage.leading import signs
 from studies.views.objectives import better, leading, objectives
@@ -210,7 +210,14 @@ def _groups(
     return looks
 
 
+_OWNERS: Mapping[Kind, str] = {
+    "gradient": "gradient",
+    "both": "gradient, from sampled values",
+    "sampler": "sampler (at sampled values)",
+}
+
+
 def _owner(study: Readable, record: TrialRecord) -> str:
     if not study.space.grad:
         return "sampler"
-    return "gradient" if record.by == "gradient" else "sampler (at sampled values)"
+    return _OWNERS[record.by]

@@ -43,7 +43,7 @@ class Brackets:
         self._ledger, self._scheduler, self._ladder = ledger, scheduler, ladder
         self._spaces = {"gradient": space}
         if space.grad and samplable(space):
-            self._spaces["sampler"] = sampled_space(space)
+            self._spaces |= dict.fromkeys(("both", "sampler"), sampled_space(space))
         self._closed = False
         self.stops_settled = scheduler.stops_settled
         self._compares = bool(ladder.levels) or (scheduler.stops_settled and bool(space.grad))
@@ -86,7 +86,9 @@ class Brackets:
         kinds = ["gradient"] * width
         if "sampler" in self._spaces:
             members = self._members()
-            kinds = list(self._scheduler.kinds(width, [members[i] for i in sorted(members)]))
+            given = max(0, len(self._grid) - number)
+            earlier = [members[i] for i in sorted(members)]
+            kinds = list(self._scheduler.kinds(width, earlier, given))
         place = {"index": 0 if last is None else place["index"] + 1, "width": width, "kinds": kinds}
         return {"bracket": place, "by": kinds[0]}
 

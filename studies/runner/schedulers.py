@@ -87,8 +87,14 @@ class Scheduler(ABC):
             levels: rungs at which the bracket is halved.
         """
 
-    def kinds(self, width: int, earlier: Sequence[Sequence[Member]]) -> list[Kind]:
-        """Return who moves the gradient-owned values in each trial of the next bracket."""
+    def kinds(self, width: int, earlier: Sequence[Sequence[Member]], given: int = 0) -> list[Kind]:
+        """Return who chooses the gradient-owned values in each trial of the next bracket.
+
+        Args:
+            width: trials of the bracket.
+            earlier: the brackets before it.
+            given: so many of its first trials are at points that are not left to the sampler.
+        """
         return ["gradient"] * width
 
 
@@ -116,15 +122,17 @@ class Halving(Scheduler):
     Levels are the shares η^(1−L), ..., η^(−1), 1 of the budget, L = 1 + ⌊log_η n⌋, and nobody is
     trained twice, so that a bracket of n = η^(L−1) trials costs 1 + (L−1)(1 − 1/η) budgets.
 
-    In a bracket of four or more, the last trial is one at sampled values, without hypergradients;
-    the kind that is best so far gets all but one of the trials of the next bracket, and "sampler"
-    all of them where every gradient had settled.  So a study whose hypergradients do not help
-    goes on as a search.
+    In a bracket of four or more, half of the trials start their gradient-owned values where the
+    sampler says, since a hypergradient leads to the next minimum only; those whose points are
+    given do not.  The last trial is one at sampled values, without hypergradients.  Where that
+    kind is best so far it gets all but one of the trials of the next bracket, and all of them
+    where every gradient had settled.  So a study whose hypergradients do not help goes on as a
+    search.
 
     Attributes:
         eta: η, an integer above 1.
         most: n; by default up to η².
-        mix: whether some trials are at sampled values.
+        mix: whether some trials are at, or start from, sampled values.
 
     Raises:
         ValueError: a number out of its range.
@@ -177,22 +185,21 @@ class Halving(Scheduler):
                 return Verdict.PRUNE
         return Verdict.GO
 
-    def kinds(self, width: int, earlier: Sequence[Sequence[Member]]) -> list[Kind]:
+    def kinds(self, width: int, earlier: Sequence[Sequence[Member]], given: int = 0) -> list[Kind]:
         """See `Scheduler.kinds`."""
         mixed: list[Kind] = ["gradient"] * width
         if not self.mix:
             return mixed
         if width >= 4:
+            first = max(1, given, width - 1 - width // 2)
+            mixed[first:] = ["both"] * (width - first)
             mixed[-1] = "sampler"
         members = [member for bracket in earlier for member in bracket]
-        gradients = [m for m in members if m.by == "gradient" and m.state != "failed"]
+        gradients = [m for m in members if m.by != "sampler" and m.state != "failed"]
         if earlier and all(m.settled for m in gradients):
             return ["sampler"] * width
-        best: dict[Kind, float] = {}
-        for member in members:
-            if member.value is not None:
-                best[member.by] = min(member.value, best.get(member.by, math.inf))
-        if best.get("sampler", math.inf) < best.get("gradient", math.inf):
+        ended = sorted((m.value, m.by == "sampler") for m in members if m.value is not None)
+        if ended and ended[0][1]:
             return ["gradient" if i == 0 < width - 1 else "sampler" for i in range(width)]
         return mixed
 

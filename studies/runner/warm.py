@@ -41,7 +41,7 @@ def _nearest(ledger: Ledger, space: Space, trial: Trial) -> int | None:
         (sign * other.values[0], other.number)
         for other in ledger.trials()
         if other.state is TrialState.COMPLETE
-        and other.user_attrs.get("by", "gradient") == "gradient"
+        and other.user_attrs.get("by") != "sampler"
         and other.number < trial.number
         and ledger.has_start_values(other.number)
     )

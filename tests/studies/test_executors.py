@@ -123,7 +123,10 @@ def test_a_trial_that_hangs_is_ended_at_its_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["raise", "hang", "die"])
-def test_a_failed_trial_has_cost_what_its_rungs_did(how: str, tmp_path: Path) -> None:
+def test_a_failed_trial_has_cost_what_its_rungs_did(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BEHAVING_FOLDER", str(tmp_path))
     limit = 1.0 if how == "hang" else None
     found = behaving(tmp_path, how).run(1, 10, executor="pool", trial_seconds=limit, retries=0)
     (record,) = found.trials

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
 from hypothesis import given
@@ -69,8 +70,13 @@ def test_the_kind_that_wins_gets_the_next_bracket() -> None:
         ]
 
     rule = Halving()
-    assert rule.kinds(5, []) == ["gradient"] * 4 + ["sampler"]
-    assert rule.kinds(5, [bracket(1.0, 2.0)]) == ["gradient"] * 4 + ["sampler"]
+    mixed = ["gradient"] * 2 + ["both"] * 2 + ["sampler"]
+    assert rule.kinds(5, []) == mixed
+    assert rule.kinds(5, [bracket(1.0, 2.0)]) == mixed
+    assert rule.kinds(9, [], 1) == ["gradient"] * 4 + ["both"] * 4 + ["sampler"]
+    assert rule.kinds(9, [], 7) == ["gradient"] * 7 + ["both", "sampler"]
+    assert rule.kinds(9, [], 9) == ["gradient"] * 8 + ["sampler"]
+    assert rule.kinds(3, []) == ["gradient"] * 3
     assert rule.kinds(5, [bracket(2.0, 1.0)]) == ["gradient"] + ["sampler"] * 4
     assert rule.kinds(5, [bracket(1.0, 2.0, settled=True)]) == ["sampler"] * 5
     assert Halving(mix=False).kinds(5, [bracket(2.0, 1.0)]) == ["gradient"] * 5
@@ -222,6 +228,28 @@ def test_what_is_known_from_elsewhere_is_learned(tmp_path: Path) -> None:
         found.learn([{"x": 5.0, "loss": 1.0}], "bad")
     with pytest.raises(ValueError, match="finite"):
         found.learn([{"x": 0.5, "loss": math.nan}], "bad")
+
+
+def test_gradients_start_from_sampled_values(tmp_path: Path) -> None:
+    """Where the points are not given: half of a bracket, so that other minima are found."""
+    space = SMALL.own(momentum="sampler")
+    found = study(tmp_path, space=space).run(5, 40, rungs=4)
+    assert [r.by for r in found.trials] == ["gradient"] * 2 + ["both"] * 2 + ["sampler"]
+    init = study(tmp_path / "one", space=space).run(1, 40).schedule(0)
+    assert init is not None
+    for record in found.trials[2:4]:
+        start = sampled_space(space).values_from_params(record.params)
+        schedule = found.schedule(record.number)
+        assert schedule is not None
+        for name in space.grad:
+            first = schedule.summary(name)[0, 2]  # of a tensor the median
+            assert first == pytest.approx(np.median(np.asarray(start[name])), rel=1e-4, abs=1e-5)
+            assert first != pytest.approx(init.summary(name)[0, 2], rel=1e-4)
+            assert found.owner(record, name) == "grad"
+        assert record.start is None
+        assert record.cost.hvps > 0
+    again = study(tmp_path, space=space)
+    assert again.trained().evaluate("val")["loss"] == pytest.approx(again.best.value)
 
 
 def test_ownership_of_the_sampled_kind_reaches_the_learner(tmp_path: Path) -> None:
