@@ -122,7 +122,7 @@ class Halving(Scheduler):
     Levels are the shares η^(1−L), ..., η^(−1), 1 of the budget, L = 1 + ⌊log_η n⌋, and nobody is
     trained twice, so that a bracket of n = η^(L−1) trials costs 1 + (L−1)(1 − 1/η) budgets.
 
-    In a bracket of four or more, half of the trials start their gradient-owned values where the
+    In a bracket of four or more, a third of the trials start their gradient-owned values where the
     sampler says, since a hypergradient leads to the next minimum only; those whose points are
     given do not.  The last trial is one at sampled values, without hypergradients.  Where that
     kind is best so far it gets all but one of the trials of the next bracket, and all of them
@@ -191,7 +191,7 @@ class Halving(Scheduler):
         if not self.mix:
             return mixed
         if width >= 4:
-            first = max(1, given, width - 1 - width // 2)
+            first = max(1, given, width - 1 - width // 3)
             mixed[first:] = ["both"] * (width - first)
             mixed[-1] = "sampler"
         members = [member for bracket in earlier for member in bracket]

@@ -70,10 +70,10 @@ def test_the_kind_that_wins_gets_the_next_bracket() -> None:
         ]
 
     rule = Halving()
-    mixed = ["gradient"] * 2 + ["both"] * 2 + ["sampler"]
+    mixed = ["gradient"] * 3 + ["both", "sampler"]
     assert rule.kinds(5, []) == mixed
     assert rule.kinds(5, [bracket(1.0, 2.0)]) == mixed
-    assert rule.kinds(9, [], 1) == ["gradient"] * 4 + ["both"] * 4 + ["sampler"]
+    assert rule.kinds(9, [], 1) == ["gradient"] * 5 + ["both"] * 3 + ["sampler"]
     assert rule.kinds(9, [], 7) == ["gradient"] * 7 + ["both", "sampler"]
     assert rule.kinds(9, [], 9) == ["gradient"] * 8 + ["sampler"]
     assert rule.kinds(3, []) == ["gradient"] * 3
@@ -231,13 +231,13 @@ def test_what_is_known_from_elsewhere_is_learned(tmp_path: Path) -> None:
 
 
 def test_gradients_start_from_sampled_values(tmp_path: Path) -> None:
-    """Where the points are not given: half of a bracket, so that other minima are found."""
+    """Where the points are not given: a third of a bracket, so that other minima are found."""
     space = SMALL.own(momentum="sampler")
-    found = study(tmp_path, space=space).run(5, 40, rungs=4)
-    assert [r.by for r in found.trials] == ["gradient"] * 2 + ["both"] * 2 + ["sampler"]
+    found = study(tmp_path, space=space).run(6, 40, rungs=4)
+    assert [r.by for r in found.trials] == ["gradient"] * 3 + ["both"] * 2 + ["sampler"]
     init = study(tmp_path / "one", space=space).run(1, 40).schedule(0)
     assert init is not None
-    for record in found.trials[2:4]:
+    for record in found.trials[3:5]:
         start = sampled_space(space).values_from_params(record.params)
         schedule = found.schedule(record.number)
         assert schedule is not None
