@@ -12,12 +12,28 @@ __all__ = ["Direction", "check_run", "directions", "metric_names"]
 Direction = Literal["minimize", "maximize"]
 
 
-def directions(direction: Direction | Sequence[Direction], count: int) -> list[Direction]:
-    """Return a direction for each of so many metrics.
+HIGHER_IS_BETTER = ("accuracy", "auc", "dice", "f1", "precision", "psnr", "recall", "score")
+"""Ends of the names of metrics that nobody minimizes but by mistake."""
+
+
+def directions(
+    direction: Direction | Sequence[Direction] | None, metrics: Sequence[str]
+) -> list[Direction]:
+    """Return a direction for each metric; "minimize" where nothing was said.
 
     Raises:
-        ValueError: another word, or another number of them.
+        ValueError: another word, another number of them, or nothing for an accuracy.
     """
+    count = len(metrics)
+    if direction is None:
+        odd = [name for name in metrics if name.lower().endswith(HIGHER_IS_BETTER)]
+        if odd:
+            each = " for each metric" if count > 1 else ""
+            raise ValueError(
+                f"direction must be given{each}, 'minimize' or 'maximize': the default is to "
+                f"minimize, but got the metric {odd[0]!r}."
+            )
+        direction = "minimize"
     found = [direction] * count if isinstance(direction, str) else list(direction)
     for one in found:
         if one not in ("minimize", "maximize"):

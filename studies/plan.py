@@ -56,7 +56,7 @@ class Plan:
         algorithm: moves the gradient-owned hyperparameters.
         sampler: name or Optuna sampler.
         pruner: name or Optuna pruner.
-        direction: of the objective, or one for each.
+        direction: of the objective, or one for each.  Default: "minimize".
         metric: the objective, of the validation split, or several.
         seed: of the study.
         options: further arguments of `Study`.
@@ -75,7 +75,7 @@ class Plan:
     algorithm: OuterAlgorithm[Any] | None = None
     sampler: BaseSampler | str | None = None
     pruner: BasePruner | str | None = None
-    direction: Direction | Sequence[Direction] = "minimize"
+    direction: Direction | Sequence[Direction] | None = None
     metric: str | Sequence[str] = "loss"
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)

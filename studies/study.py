@@ -72,7 +72,8 @@ class Study(Readable):
         sampler: name (see `studies.sampling.samplers.SAMPLERS`) or Optuna sampler.  Default: "tpe".
         pruner: name (see `studies.sampling.samplers.PRUNERS`) or Optuna pruner, asked at rungs.
             Default: "none".
-        direction: of the objective, or one for each.
+        direction: of the objective, or one for each.  Default: "minimize", but an accuracy needs
+            one.
         metric: the objective: a name among the metrics of the validation split, or several.
         constraints: metric of the validation split -> its largest feasible value.
         seed: decides the sampler's draws and every trial's seed.
@@ -97,7 +98,7 @@ class Study(Readable):
         algorithm: OuterAlgorithm[Any] | None = None,
         sampler: BaseSampler | str | None = None,
         pruner: BasePruner | str | None = None,
-        direction: Direction | Sequence[Direction] = "minimize",
+        direction: Direction | Sequence[Direction] | None = None,
         metric: str | Sequence[str] = "loss",
         constraints: Mapping[str, float] | None = None,
         seed: int = 0,
@@ -106,7 +107,7 @@ class Study(Readable):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"name must be a text that is not empty, but got {name!r}.")
         self.metrics = metric_names(metric)
-        self.directions = directions(direction, len(self.metrics))
+        self.directions = directions(direction, self.metrics)
         self.constraints = {
             name: real(f"constraints[{name!r}]", limit)
             for name, limit in (constraints or {}).items()

@@ -18,7 +18,7 @@ from studies.views.readable import best_of
 from studies.views.stored import StoredStudy
 from studies.views.summary import as_json, describe_values, moves, rows_in_force
 from studies.views.tables import number as digits
-from studies.views.tables import value_text
+from studies.views.tables import state_word, value_text
 
 __all__ = [
     "best_values",
@@ -102,7 +102,11 @@ def trial_view(study: StoredStudy, number: int) -> RenderableType:
     lead = {other.number for other in leading(study)}
     names = objectives(study.optuna)
     mark = ("best" if len(names) == 1 else "front") if record.number in lead else ""
-    words = [record.state, *([mark] if mark else []), *value_texts(names, record.values)]
+    words = [
+        state_word(record.state),
+        *([mark] if mark else []),
+        *value_texts(names, record.values),
+    ]
     head.add_row("trial", f"{record.number} of {study.name}: {', '.join(words)}")
     if not record.feasible:
         over = {name: excess for name, excess in record.constraints.items() if excess > 0}

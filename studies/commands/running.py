@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -92,8 +93,14 @@ def run_study(
             f"{str(out)!r} belongs to the study {plan.name!r} in {before['storage'] or DATABASE}, "
             f"but {masked(place)} has none; give the right --storage, or another --out."
         )
+    made = not out.exists()
     check_folder(out, "--out")
-    study = plan.open(storage or out / DATABASE, out)
+    try:
+        study = plan.open(storage or out / DATABASE, out)
+    except ValueError:  # an argument that cannot be
+        if made:
+            shutil.rmtree(out)
+        raise
     spec |= {
         "study": plan.name,
         "storage": None if url is None else masked(url),
@@ -116,6 +123,8 @@ def run_study(
         if new and not study.trials:  # a metric or a budget that cannot be: no reason to keep it
             (out / SPEC).unlink()
             optuna.delete_study(study_name=plan.name, storage=study.database)
+            if made:
+                shutil.rmtree(out)
         raise
 
 

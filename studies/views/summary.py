@@ -11,11 +11,11 @@ import numpy as np
 import optuna
 
 from bilevel.schedule import Schedule
-from studies.record import TrialRecord
+from studies.record import State, TrialRecord
 from studies.storage.all_trials import all_trials
 from studies.views.objectives import front_of, value_texts
 from studies.views.readable import best_of
-from studies.views.tables import value_text
+from studies.views.tables import state_word, value_text
 
 __all__ = [
     "action_line",
@@ -30,7 +30,7 @@ __all__ = [
     "trial_line",
 ]
 
-STATES = ("complete", "pruned", "failed", "running", "waiting")
+STATES: tuple[State, ...] = ("complete", "pruned", "failed", "running", "waiting")
 
 
 def counts(records: Sequence[TrialRecord]) -> dict[str, int]:
@@ -83,8 +83,7 @@ def done_line(found: Mapping[str, Any]) -> str:
 
     ``27 trials (21 complete, 4 pruned, 2 failed: 1 timeout, 1 died)  best 0.3021 (trial 3)``
     """
-    names = {"running": "open"}  # it may also wait for somebody who runs the study
-    parts = [f"{found[state]} {names.get(state, state)}" for state in STATES if found[state]]
+    parts = [f"{found[state]} {state_word(state)}" for state in STATES if found[state]]
     kinds = ", ".join(f"{n} {kind}" for kind, n in found["failures"].items())
     parts = [f"{part}: {kinds}" if part.endswith("failed") else part for part in parts]
     trials = f"{found['trials']} trial{'s' if found['trials'] != 1 else ''}"

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from studies.record import TrialRecord
+from studies.record import State, TrialRecord
 from studies.views.objectives import leading, objectives
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "names_table",
     "number",
+    "state_word",
     "trial_cells",
     "trial_headings",
     "trials_table",
@@ -38,6 +39,11 @@ def value_text(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(value_text(v) for v in value) + "]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def state_word(state: State) -> str:
+    """A state on a screen: a trial that is stored as running may be paused, or interrupted."""
+    return "open" if state == "running" else state
 
 
 def trial_headings(study: Readable) -> list[str]:
@@ -63,7 +69,7 @@ def trial_cells(study: Readable, record: TrialRecord, lead: Collection[int]) -> 
     return [
         str(record.number),
         mark,
-        record.state,
+        state_word(record.state),
         *([number(value) for value in record.values] or ["-"] * len(names)),
         *(number(record.metrics.get(test)) for test in tests),
         str(record.cost.equivalent_steps),

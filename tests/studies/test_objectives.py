@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from studies.arguments import directions
 from studies.figures.plots import figures
 from studies.views.objectives import leading, ranked
 from studies.views.stored import StoredStudy
@@ -42,6 +43,17 @@ def dominated(values: tuple[float, ...], others: list[tuple[float, ...]]) -> boo
     """Whether some other pair has a loss and an accuracy that are as good, and one better."""
     loss, accuracy = values
     return any(o[0] <= loss and o[1] >= accuracy and o != values for o in others)
+
+
+def test_an_accuracy_is_not_minimized_by_mistake(tmp_path: Path) -> None:
+    for metric in ('"accuracy"', '["loss", "worst_accuracy"]'):
+        study_file(tmp_path, STUDY.replace("seed = 5", f"seed = 5\nmetric = {metric}"))
+        done = console("study", "run", "small.toml", "--out", "out", "--quiet", cwd=tmp_path)
+        assert done.code == 2
+        assert "direction must be given" in done.err
+        assert not (tmp_path / "out").exists()
+    assert directions(None, ["loss", "size"]) == ["minimize"] * 2
+    assert directions("minimize", ["accuracy"]) == ["minimize"]
 
 
 def test_the_best_has_the_highest_value(maximized: StoredStudy) -> None:

@@ -249,6 +249,7 @@ def test_a_typo_that_shows_late_leaves_no_study_behind(tmp_path: Path) -> None:
     done = console("study", "run", "small.toml", "--out", "out", cwd=tmp_path)
     assert done.code == 2
     assert "metric must be one of ['accuracy', 'loss'], but got 'los'" in done.err
+    assert not (tmp_path / "out").exists()
     study_file(tmp_path)
     assert (
         console("study", "run", "small.toml", "--out", "out", "--trials", "1", cwd=tmp_path).code
