@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -160,6 +161,8 @@ def dashboard(
     print_result(served.url)
     sys.stdout.flush()
     print("Ctrl-C ends it.", file=sys.stderr)
+    # Optuna's, for its own figure: some names are the sampler's in few trials only.
+    warnings.filterwarnings("ignore", "Some regimes for parameter", UserWarning)
     try:
         served.server.serve_forever()
     except KeyboardInterrupt:

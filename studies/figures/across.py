@@ -16,13 +16,14 @@ from optuna.trial import TrialState, create_trial
 
 from bilevel.curves import COLORS
 from studies.figures.charts import Bar, Bars, Curves, Line, Mark, Plane, short
-from studies.figures.inside import MOST_NAMES, base_name, is_log
+from studies.figures.inside import MOST_NAMES, is_log
 from studies.record import Kind, TrialRecord
 from studies.storage.all_trials import all_trials
 from studies.storage.leading import signs
 from studies.views.objectives import better, leading, objectives
 from studies.views.readable import Readable
 from studies.views.summary import middle
+from studies.views.tables import base_name
 
 __all__ = ["front", "importance", "importances", "value_by_cost"]
 

@@ -23,8 +23,9 @@ from studies.record import TrialRecord
 from studies.views.objectives import leading, ranked
 from studies.views.readable import Readable
 from studies.views.summary import rows_in_force
+from studies.views.tables import base_name
 
-__all__ = ["MOST_NAMES", "base_name", "certified_error", "is_log", "norms", "paths", "schedule_map"]
+__all__ = ["MOST_NAMES", "certified_error", "is_log", "norms", "paths", "schedule_map"]
 
 MOST_TRIALS = 12
 """Trials whose curves are drawn: the best ones."""
@@ -111,11 +112,6 @@ def schedule_map(study: Readable) -> HeatMap | None:
     mark = None if record.at is None else Instant(record.at, "best rung")
     end = float(record.cost.steps)
     return HeatMap(title, x, end, labels, shares, texts, "training steps", mark)
-
-
-def base_name(label: str) -> str:
-    """The hyperparameter of a column or of a mangled name: ``wd[0]``, ``wd.min``, ``n@a=b``."""
-    return label.split("@")[0].split("[")[0].split(".")[0]
 
 
 def is_log(study: Readable, label: str) -> bool:

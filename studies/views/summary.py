@@ -15,7 +15,7 @@ from studies.record import State, TrialRecord
 from studies.storage.all_trials import all_trials
 from studies.views.objectives import front_of, value_texts
 from studies.views.readable import best_of
-from studies.views.tables import state_word, value_text
+from studies.views.tables import base_name, state_word, value_text
 
 __all__ = [
     "action_line",
@@ -123,7 +123,11 @@ def trial_line(
     first, last = (record.metrics.get(f"g/norm_{end}") for end in ("first", "last"))
     if first is not None and last is not None:
         parts.append(f"|g| {first:.1e}->{last:.1e}")
-    chosen = " ".join(f"{k}={value_text(v)}" for k, v in record.params.items())
+    # Where the gradient began is in its moves.
+    known = () if schedule is None else schedule.names
+    chosen = " ".join(
+        f"{k}={value_text(v)}" for k, v in record.params.items() if base_name(k) not in known
+    )
     moved = "" if schedule is None else _some_moves(moves(schedule, record.hparams))
     parts.append(" | ".join(text for text in (chosen, moved) if text))
     return action_line(record.number, record.state.upper(), "  ".join(parts)).rstrip()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from studies.views.readable import Readable
 
 __all__ = [
+    "base_name",
     "names_table",
     "number",
     "state_word",
@@ -39,6 +40,11 @@ def value_text(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(value_text(v) for v in value) + "]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def base_name(label: str) -> str:
+    """The hyperparameter of a column or of a mangled name: ``wd[0]``, ``wd.min``, ``n@a=b``."""
+    return label.split("@")[0].split("[")[0].split(".")[0]
 
 
 def state_word(state: State) -> str:
