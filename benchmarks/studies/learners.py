@@ -167,9 +167,10 @@ def draw(everything: dict[str, dict[str, list[Found]]], path: Path) -> None:
     import numpy as np
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(everything), figsize=(3.6 * len(everything), 3.4))
+    rows_of_axes = -(-len(everything) // 3)
+    figure, axes = plt.subplots(rows_of_axes, 3, figsize=(11, 3.3 * rows_of_axes), squeeze=False)
     grid = np.linspace(0, TOTAL, 81)
-    for axis, (pair, ways) in zip(np.atleast_1d(axes), everything.items(), strict=True):
+    for axis, (pair, ways) in zip(axes.flat, everything.items(), strict=False):
         for color, (way, runs) in enumerate(ways.items()):
             rows = []
             for curve, _, _ in runs:
@@ -186,8 +187,9 @@ def draw(everything: dict[str, dict[str, list[Found]]], path: Path) -> None:
         axis.set_xlabel("equivalent training steps", fontsize=8)
         axis.tick_params(labelsize=7, which="both")
         axis.grid(alpha=0.3, which="both")
-    np.atleast_1d(axes)[0].set_ylabel("lowest validation loss so far", fontsize=8)
-    np.atleast_1d(axes)[0].legend(fontsize=6)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("lowest validation loss so far", fontsize=8)
+    axes[0, 0].legend(fontsize=6)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
