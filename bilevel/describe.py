@@ -45,7 +45,10 @@ def describe(config: Any) -> Any:
 
 
 def differences(before: Any, now: Any, path: str) -> list[str]:
-    """List where two descriptions differ, one line each, such as ``lr: 0.1 before, 0.2 now``."""
+    """List where two descriptions differ, one line each, such as ``lr: 0.1 before, 0.2 now``.
+
+    An object that is only in one of them is named by its class.
+    """
     if before == now:
         return []
     if isinstance(before, Mapping) and isinstance(now, Mapping):
@@ -54,4 +57,11 @@ def differences(before: Any, now: Any, path: str) -> list[str]:
             for key in dict.fromkeys([*before, *now])
             for line in differences(before.get(key), now.get(key), f"{path}.{key}")
         ]
-    return [f"{path}: {before!r} before, {now!r} now"]
+    return [f"{path}: {_short(before)} before, {_short(now)} now"]
+
+
+def _short(value: Any) -> str:
+    """A description in a word: an object, where there was none, by the name of its class."""
+    if isinstance(value, Mapping) and "type" in value:
+        return str(value["type"]).rpartition(".")[2]
+    return repr(value)

@@ -187,23 +187,12 @@ def _settings_differences(first: StoredStudy, other: StoredStudy) -> Iterator[st
     for key in dict.fromkeys([*first.settings, *other.settings]):
         if key == "space":
             continue
-        before, now = first.settings.get(key), other.settings.get(key)
-        if isinstance(before, Mapping) != isinstance(now, Mapping):  # an object, and none
-            yield f"{key}: {_kind(before)} first, {_kind(now)} here"
-            continue
-        for line in differences(before, now, key):
+        for line in differences(first.settings.get(key), other.settings.get(key), key):
             yield line.replace(" before, ", " first, ").replace(" now", " here")
     mine, its = (study.optuna.user_attrs.get("run") for study in (first, other))
     for line in differences(mine, its, "run"):
         yield line.replace(" before, ", " first, ").replace(" now", " here")
     yield from (f"space: {line}" for line in first.space.differences(other.space))
-
-
-def _kind(value: Any) -> str:
-    """A described object by the name of its class, anything else as it is."""
-    if not isinstance(value, Mapping):
-        return repr(value)
-    return str(value["type"].rpartition(".")[2] if "type" in value else value["name"])
 
 
 def compared_view(found: Mapping[str, Any]) -> list[RenderableType]:

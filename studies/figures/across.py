@@ -101,7 +101,7 @@ def front(study: Readable) -> Curves | None:
 def importances(study: Readable) -> Bars | None:
     """Importance for the value (PED-ANOVA), of sampled and of gradient-owned hyperparameters.
 
-    The gradient-owned ones enter with their values at the end of a trial, tensors with the
+    The gradient-owned ones enter with the values that a trial came out with, tensors with the
     median of their elements.
     """
     found = importance(study)
@@ -118,7 +118,7 @@ def importances(study: Readable) -> Bars | None:
 
 
 _GROUPS: Mapping[str, tuple[str, str]] = {
-    "grad": ("gradient-owned, at the end", COLORS[1]),
+    "grad": ("gradient-owned, as it came out", COLORS[1]),
     "sampler": ("sampler-owned", COLORS[0]),
 }
 
@@ -156,7 +156,7 @@ def importance(study: Readable) -> dict[str, float]:
 
 
 def _smooth(study: Readable, record: TrialRecord) -> dict[str, float]:
-    """Gradient-owned values at the end of a trial, of tensors the median."""
+    """Gradient-owned values that a trial came out with, of tensors the median."""
     found = {}
     for name in study.space.grad:
         if name in record.hparams:

@@ -77,7 +77,7 @@ def _explanation(study: Readable) -> str:
 
 
 def _trials(study: Readable, best: Sequence[TrialRecord]) -> str:
-    headings = [*trial_headings(study), "hyperparameters at the end"]
+    headings = [*trial_headings(study), "hyperparameters as they came out"]
     lead = {record.number for record in best}
     rows = []
     for record in study.trials:
@@ -131,7 +131,7 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
         ]
         pictures.append(write_figure(drawn, folder / f"{found.task}-schedule.png", title))
     parts += [
-        f"<h2>Hyperparameters at the end of the best trial, seed {found.seeds[0]}</h2>",
+        f"<h2>Hyperparameters of the best trial as they came out, seed {found.seeds[0]}</h2>",
         _hyperparameters(found),
     ]
     page = write_page(folder / f"{found.task}.html", f"Tuning {found.task}", parts)

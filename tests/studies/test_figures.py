@@ -150,7 +150,9 @@ def test_figures_hold_the_numbers_of_the_study(made: StoredStudy) -> None:
     assert sum(shares.values()) == pytest.approx(1.0)
     bars = found["importance"]
     assert isinstance(bars, Bars)
-    assert {bar.name: bar.group for bar in bars.bars}["robustness"] == "gradient-owned, at the end"
+    assert {bar.name: bar.group for bar in bars.bars}[
+        "robustness"
+    ] == "gradient-owned, as it came out"
     assert {bar.name: bar.group for bar in bars.bars}["lr"] == "sampler-owned"
 
 

@@ -129,6 +129,7 @@ def test_compare_with_pure_sampling_of_the_same_file(
     found = console("study", "compare", "out", other, "--json", cwd=made[0]).json
     assert [row["trials"] for row in found["studies"]] == [3, 2]
     assert any("robustness: owner 'grad' -> 'sampler'" in line for line in found["differences"])
+    assert f"{other}: algorithm: Descent first, None here" in found["differences"]
     text = console("study", "compare", "out", other, cwd=made[0]).out
     assert "settings that differ" in text
     trial = StoredStudy(other).trials[0]
@@ -141,6 +142,7 @@ def test_other_settings_are_refused_and_change_nothing(made: tuple[Path, Ended])
     for option, message in (
         (("--seed", "6"), "seed: 5 before, 6 now"),
         (("--own", "lr=grad"), "lr: owner 'sampler' -> 'grad'"),
+        (("--own", "*=sampler"), "algorithm: Descent before, None now"),
         (("--budget", "50"), "budget.steps: 40 before, 50 now"),
     ):
         done = console("study", "run", "small.toml", "--out", "out", *option, cwd=made[0])
