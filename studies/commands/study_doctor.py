@@ -143,25 +143,33 @@ def _versions(study: StoredStudy) -> Iterator[Trouble]:
 
 def _checkpoints(study: StoredStudy, trials: list[FrozenTrial]) -> Iterator[Trouble]:
     """Checkpoints that do not load, and open trials that have none."""
+    files = study.files
     for trial in trials:
-        if trial.state is not TrialState.RUNNING:
-            continue
-        path = study.files.checkpoint(trial.number)
-        if not path.exists():
-            if study.holder() is None:
-                text = f"trial {trial.number} has none yet"
-                yield Trouble("checkpoint", text, advice="it starts over from its first step")
-            continue
-        try:
+        number, open_ = trial.number, trial.state is TrialState.RUNNING
+        path = files.checkpoint(number)
+        if not path.exists() and open_ and study.holder() is None:
+            text = f"trial {number} has none yet"
+            yield Trouble("checkpoint", text, advice="it starts over from its first step")
+        lost = "the trial starts over from its first step" if open_ else "its weights are lost"
+        if _torn(path):
+            yield _aside("checkpoint", f"that of trial {number} is torn", lost, path)
+        if _torn(values := files.hparams(number)):
+            text = f"those of trial {number} are torn"
+            yield _aside("final values", text, "no other trial starts from them", values)
+
+
+def _torn(path: Path) -> bool:
+    """Whether there is a file that does not load."""
+    try:
+        if path.exists():
             load(path)
-        except ValueError:
-            yield Trouble(
-                "checkpoint",
-                f"that of trial {trial.number} is torn",
-                "error",
-                "--fix sets it aside; the trial starts over from its first step",
-                lambda path=path: _set_aside(path),  # type: ignore[misc]
-            )
+    except ValueError:
+        return True
+    return False
+
+
+def _aside(topic: str, text: str, lost: str, path: Path) -> Trouble:
+    return Trouble(topic, text, "error", f"--fix sets it aside; {lost}", lambda: _set_aside(path))
 
 
 def _set_aside(path: Path) -> None:

@@ -56,6 +56,23 @@ def test_open_trial_and_torn_checkpoint(out: Path) -> None:
     assert done.json["complete"] == 4
 
 
+def test_torn_files_of_complete_trials(out: Path) -> None:
+    study = StoredStudy(out)
+    best = study.best.number
+    files = {
+        "checkpoint": study.files.checkpoint(best),
+        "final values": study.files.hparams(best),
+    }
+    for topic, path in files.items():
+        assert path.exists()
+        path.write_bytes(path.read_bytes()[:-100])
+        assert levels(out)[topic] == "error"
+    assert console("study", "doctor", out, "--fix", cwd=out).code == 0
+    assert not any(path.exists() for path in files.values())
+    done = console("study", "resume", out, "--trials", "4", "--json", "--quiet", cwd=out)
+    assert done.json["complete"] == 4
+
+
 def test_missing_artifact(out: Path) -> None:
     study = StoredStudy(out)
     (study.files.artifacts / study.artifacts(1)["trace.json"]).unlink()
