@@ -27,7 +27,7 @@ from studies.events import Event
 from studies.record import TrialRecord
 from studies.study import Study
 
-__all__ = ["Comparison", "Row", "Way", "compare", "tuned_names", "ways"]
+__all__ = ["Comparison", "Row", "Way", "compare", "ways"]
 
 LEAST_RUNG = 60
 """Equivalent steps up to the first halving of a bracket, at least."""
@@ -180,11 +180,6 @@ class Comparison:
         }
 
 
-def tuned_names(space: Space) -> list[str]:
-    """Smooth hyperparameters of a space: those that the gradient owns by default."""
-    return list(space.grad)
-
-
 def ways(space: Space, budget: int, trials: int) -> list[Way]:
     """Return the rows of the comparison.
 
@@ -211,7 +206,7 @@ def ways(space: Space, budget: int, trials: int) -> list[Way]:
             f"budget: {budget} equivalent steps are too few for {trials} trials; "
             f"give at least {least}."
         )
-    smooth = tuned_names(space)
+    smooth = list(space.grad)
     rest = [name for name in space if name not in smooth and space.owner(name) != "fixed"]
     fixed = space.own(**dict.fromkeys([*smooth, *rest], "fixed"))
     sampled = fixed.own(**dict.fromkeys(smooth, "sampler"))
@@ -260,7 +255,7 @@ def compare(
         ValueError: a learner without smooth hyperparameters; see `ways` and `Study`.
         RuntimeError: no trial of a way was complete.
     """
-    if not tuned_names(learner.space):
+    if not learner.space.grad:
         raise ValueError(f"learner: {learner.name} has no smooth hyperparameter to tune.")
     plan = ways(learner.space, budget, trials)
     done: dict[str, list[Study]] = {way.name: [] for way in plan}
