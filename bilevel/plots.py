@@ -90,7 +90,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
         )
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("training steps", fontsize=8)
-    axes.tick_params(labelsize=8)
+    axes.tick_params(labelsize=8, which="both")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
