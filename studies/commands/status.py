@@ -52,6 +52,8 @@ def status_of(study: StoredStudy) -> dict[str, Any]:
     return {
         "state": state,
         "holder": holder,
+        "learner": study.learner_name,
+        "task": study.task_name,
         "planned": study.planned,
         "finished": finished,
         **summary(study.optuna, records),

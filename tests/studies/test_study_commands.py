@@ -65,6 +65,7 @@ def test_same_command_again_trains_nothing_and_more_trials_go_on(
 
 def test_status(made: tuple[Path, Ended]) -> None:
     found = console("study", "status", "out", "--json", cwd=made[0]).json
+    assert (found["learner"], found["task"]) == ("network", "digits")
     assert (found["state"], found["holder"], found["planned"]) == ("complete", None, 3)
     assert "3 of 3 finished" in console("study", "status", "out", cwd=made[0]).out
     study = StoredStudy(made[0] / "out")
