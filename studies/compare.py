@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -214,12 +214,12 @@ def ways(space: Space, budget: int, trials: int) -> list[Way]:
     descent = Descent(Unrolled(steps=10), lr=0.1)
     each = Budget(equivalent_steps=share)
     whole = Budget(equivalent_steps=budget)
-    random, tpe = ((sampler, True) for sampler in (_random, _TPE(trials // 2)))
+    searched = Way("random", "random search", sampled, trials, each, budget, None, _random, True)
     found = [
         Way("default", "defaults", fixed, 1, each, share),
         Way("default-long", "defaults, longer", fixed, 1, whole, budget),
-        Way("random", "random search", sampled, trials, each, budget, None, *random),
-        Way("tpe", "TPE (Optuna)", sampled, trials, each, budget, None, *tpe),
+        searched,
+        replace(searched, name="tpe", title="TPE (Optuna)", sampler=_TPE(trials // 2)),
         Way("gradient", "gradient-tuned", by_gradient, 1, whole, budget, descent),
     ]
     if rest:

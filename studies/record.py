@@ -18,7 +18,7 @@ __all__ = ["Failure", "TrialRecord", "as_metrics", "as_numbers"]
 State = Literal["waiting", "running", "complete", "pruned", "failed"]
 
 Kind = Literal["gradient", "both", "sampler"]
-"""Who moves the gradient-owned values of a trial: the gradient, or the sampler at its start."""
+"""Who chooses the gradient-owned values of a trial: see `TrialRecord.by`."""
 
 _STATES: dict[TrialState, State] = {
     TrialState.WAITING: "waiting",

@@ -259,11 +259,11 @@ def _import(reference: str, what: str) -> Any:
             f"{what}: {place!r} has the name of the module {module.__file__!r}; rename it."
         )
     if not hasattr(module, name):
-        own = {n: v for n, v in vars(module).items() if not n.startswith("_")}
         names = [
             n
-            for n, v in own.items()
-            if isinstance(v, Plan) or getattr(v, "__module__", "") == module.__name__
+            for n, v in vars(module).items()
+            if not n.startswith("_")
+            and (isinstance(v, Plan) or getattr(v, "__module__", "") == module.__name__)
         ]
         raise PlanError(f"{what}: {place!r} has no {name!r}; {did_you_mean(name, names)}")
     return getattr(module, name)

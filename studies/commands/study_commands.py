@@ -95,8 +95,9 @@ def doctor(
     json: Json = False,
 ) -> None:
     """Look for open trials, torn files, missing artifacts."""
-    from studies.commands.doctor import findings_table
-    from studies.commands.study_doctor import examine_study, mend
+    with imports():
+        from studies.commands.doctor import findings_table
+        from studies.commands.study_doctor import examine_study, mend
 
     found = examine_study(folder)
     if fix and any(trouble.fix is not None for trouble in found):
@@ -117,7 +118,8 @@ def gc(
     json: Json = False,
 ) -> None:
     """List files that nothing needs any more, or delete them."""
-    from studies.commands.study_doctor import collect
+    with imports():
+        from studies.commands.study_doctor import collect
 
     found = collect(folder, delete)
     if json:

@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import TrialState, create_trial
 
 from bilevel.curves import COLORS
-from studies.figures.charts import Bar, Bars, Curves, Line, Mark, Plane, short
+from studies.figures.charts import DARK, Bar, Bars, Curves, Line, Mark, Plane, short
 from studies.figures.inside import MOST_NAMES, is_log
 from studies.record import Kind, TrialRecord
 from studies.storage.all_trials import all_trials
@@ -26,9 +26,6 @@ from studies.views.summary import middle
 from studies.views.tables import base_name
 
 __all__ = ["front", "importance", "importances", "value_by_cost"]
-
-DARK = COLORS[9]
-"""Color of what is best."""
 
 COST = "cost of the study so far (equivalent training steps)"
 

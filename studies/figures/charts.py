@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from bilevel.curves import COLORS
+
 __all__ = [
+    "DARK",
     "ON_COLORS",
     "Bar",
     "Bars",
@@ -26,6 +29,9 @@ MOST_POINTS = 200
 
 LONGEST_NAME = 28
 """Characters of a name that a panel or a bar has room for."""
+
+DARK = COLORS[9]
+"""Color of what is best: the best so far, a front, the mark of the best rung."""
 
 ON_COLORS = "#ffffff"
 """Color of a line across a heat map."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bilevel.curves import COLORS
-from studies.figures.charts import ON_COLORS, Bars, Chart, Curves, HeatMap, Line
+from studies.figures.charts import DARK, ON_COLORS, Bars, Chart, Curves, HeatMap, Line
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -18,7 +17,7 @@ DECADES = 300.0
 DIGITS = 5.0
 """The same ratio above which only 1, 2 and 5 times a power of ten are."""
 
-_INSTANT = {"line_color": COLORS[9], "line_width": 1, "line_dash": "dash"}
+_INSTANT = {"line_color": DARK, "line_width": 1, "line_dash": "dash"}
 
 _SYMBOLS = {"dot": "circle", "ring": "circle-open", "cross": "x-thin"}
 

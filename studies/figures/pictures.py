@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bilevel.curves import COLORS
-from studies.figures.charts import ON_COLORS, Bars, Chart, Curves, HeatMap, Line
+from studies.figures.charts import DARK, ON_COLORS, Bars, Chart, Curves, HeatMap, Line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +53,7 @@ def _curves(figure: Figure, chart: Curves) -> None:
         for line in plane.lines:
             entries.setdefault(line.label, _line(axes, line))
         if plane.instant is not None:
-            drawn = axes.axvline(plane.instant.x, color=COLORS[9], linewidth=1, linestyle="--")
+            drawn = axes.axvline(plane.instant.x, color=DARK, linewidth=1, linestyle="--")
             entries.setdefault(plane.instant.label, drawn)
         axes.set_title(plane.title, fontsize=9, loc="left")
         axes.set_xlabel(plane.x_label, fontsize=8)

@@ -14,6 +14,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import FixedTrial, TrialState, create_trial
 
+from bilevel.describe import differences
 from bilevel.space import Space
 from studies.runner.agreement import MismatchError
 from studies.storage.all_trials import all_trials
@@ -120,8 +121,8 @@ def agree(study: optuna.Study, about: Mapping[str, str]) -> None:
             continue
         if name == "space":
             lines += Space.from_json(known[name]).differences(Space.from_json(mine))
-        elif known[name] != mine:
-            lines.append(f"{name}: {known[name]!r} before, {mine!r} now")
+        else:
+            lines += differences(known[name], mine, name)
     if lines:
         _refuse(study, lines)
     for name, mine in about.items():

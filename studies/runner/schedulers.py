@@ -198,8 +198,9 @@ class Halving(Scheduler):
         gradients = [m for m in members if m.by != "sampler" and m.state != "failed"]
         if earlier and all(m.settled for m in gradients):
             return ["sampler"] * width
-        ended = sorted((m.value, m.by == "sampler") for m in members if m.value is not None)
-        if ended and ended[0][1]:
+        ended = ((m.value, m.by == "sampler") for m in members if m.value is not None)
+        _, sampler_leads = min(ended, default=(math.inf, False))
+        if sampler_leads:
             return ["gradient" if i == 0 < width - 1 else "sampler" for i in range(width)]
         return mixed
 

@@ -124,7 +124,7 @@ class Tuned(Progress):
         settled = ""
         if largest == 0:
             settled = "the hypergradient is zero"
-        elif norms[-1] <= STATIONARY * largest and (error is None or float(error) <= ACCURATE):
+        elif norms[-1] <= STATIONARY * largest and (error is None or known):
             settled = f"stationary: |dF/dz| fell from {largest:.2g} to {norms[-1]:.2g}"
         elif len(losses) >= patience and min(losses[len(losses) // 2 :]) > losses[0]:
             settled = f"no gain: the outer loss rose from {losses[0]:.4g} to {losses[-1]:.4g}"

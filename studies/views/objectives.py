@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import optuna
 
 from studies.record import TrialRecord
-from studies.storage.leading import best_trial, front_trials, signs
-from studies.views.readable import Readable
+from studies.storage.leading import front_trials, signs
+from studies.views.readable import Readable, best_of
 
 __all__ = ["better", "front_of", "leading", "objectives", "ranked", "value_texts"]
 
@@ -30,10 +30,8 @@ def better(study: optuna.Study) -> tuple[str, ...]:
 
 def leading(study: Readable) -> list[TrialRecord]:
     """Return the best trial, or the front of several objectives; none before one is complete."""
-    if len(study.optuna.directions) > 1:
-        return front_of(study.optuna)
-    best = best_trial(study.optuna)
-    return [] if best is None else [TrialRecord.of(best)]
+    best = best_of(study.optuna)
+    return front_of(study.optuna) if best is None else [best]
 
 
 def front_of(study: optuna.Study) -> list[TrialRecord]:

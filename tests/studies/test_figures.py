@@ -150,10 +150,9 @@ def test_figures_hold_the_numbers_of_the_study(made: StoredStudy) -> None:
     assert sum(shares.values()) == pytest.approx(1.0)
     bars = found["importance"]
     assert isinstance(bars, Bars)
-    assert {bar.name: bar.group for bar in bars.bars}[
-        "robustness"
-    ] == "gradient-owned, as it came out"
-    assert {bar.name: bar.group for bar in bars.bars}["lr"] == "sampler-owned"
+    groups = {bar.name: bar.group for bar in bars.bars}
+    assert groups["robustness"] == "gradient-owned, as it came out"
+    assert groups["lr"] == "sampler-owned"
 
 
 def test_a_schedule_is_scaled_row_by_row(made: StoredStudy) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -93,13 +94,20 @@ def wait_for_gate(out: Path, trials: int, ran: subprocess.Popen[str]) -> None:
     raise TimeoutError(f"no {trials} trials at the gate")
 
 
-def test_a_host_is_lost_and_no_trial_is(folder: Path) -> None:
+@contextmanager
+def running_on_two_hosts(folder: Path) -> Iterator[tuple[Host, Host, subprocess.Popen[str]]]:
+    """The study with one trial at its gate on each host, which has one CPU."""
     with two_hosts(folder, {"RAY_AUTH_TOKEN": new_token()}) as (first, second):
         first.start("--head", "--port=6379")
         second.start("--address=10.77.0.1:6379")
         run = ("study", "run", "walk.toml", "--out", "out", "--workers", "2")
         ran = first.bilevel(*run, "--ray-address", "10.77.0.1:6379")
-        wait_for_gate(folder / "out", 2, ran)  # one trial on each host, which has one CPU
+        wait_for_gate(folder / "out", 2, ran)
+        yield first, second, ran
+
+
+def test_a_host_is_lost_and_no_trial_is(folder: Path) -> None:
+    with running_on_two_hosts(folder) as (first, second, ran):
         second.kill()
         first.open_gate()
         _, said = ran.communicate(timeout=180)
@@ -109,12 +117,7 @@ def test_a_host_is_lost_and_no_trial_is(folder: Path) -> None:
 
 
 def test_the_daemon_of_the_own_host_is_lost(folder: Path) -> None:
-    with two_hosts(folder, {"RAY_AUTH_TOKEN": new_token()}) as (first, second):
-        first.start("--head", "--port=6379")
-        second.start("--address=10.77.0.1:6379")
-        run = ("study", "run", "walk.toml", "--out", "out", "--workers", "2")
-        ran = first.bilevel(*run, "--ray-address", "10.77.0.1:6379")
-        wait_for_gate(folder / "out", 2, ran)
+    with running_on_two_hosts(folder) as (first, second, ran):
         first.kill_daemon("raylet")  # the head lives, and so does the other host
         _, said = ran.communicate(timeout=180)
         assert ran.returncode == 2, said
