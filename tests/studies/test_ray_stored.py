@@ -81,7 +81,13 @@ def test_a_trial_that_failed_has_its_reason_and_its_cost() -> None:
 def test_a_sweep_is_of_one_learner_and_one_task(tmp_path: Path) -> None:
     def prepared(learner: Any, space: Any) -> StudySearcher:
         searcher = StudySearcher(SPACE, "loss", "min", storage=tmp_path / "s.db", study_name="s")
-        tuner(as_trainable(learner, TASK, space, budget=4), searcher, trials=1, workers=1, out="o")
+        tuner(
+            as_trainable(learner, TASK, space, budget=4),
+            searcher,
+            trials=1,
+            workers=1,
+            out=tmp_path,
+        )
         return searcher
 
     plain = SPACE.own(**dict.fromkeys(SPACE.grad, "sampler"))
