@@ -39,12 +39,20 @@ class _Limits:
 
 
 class _Process:
-    """A worker process, its pipe and its trial."""
+    """A worker process, its pipes and its trial."""
 
-    def __init__(self, process: ForkServerProcess, pipe: Connection, gpu: int | None) -> None:
-        self.process, self.pipe, self.gpu = process, pipe, gpu
+    def __init__(
+        self, process: ForkServerProcess, pipe: Connection, alive: Connection, gpu: int | None
+    ) -> None:
+        self.process, self.pipe, self.alive, self.gpu = process, pipe, alive, gpu
         self.ready = False
         self.number: int | None = None
+
+    def close(self) -> None:
+        """Forget a process that has ended."""
+        self.process.close()
+        self.pipe.close()
+        self.alive.close()
 
 
 class Pool(Executor):
@@ -89,8 +97,6 @@ class Pool(Executor):
         if threads is None:  # one worker computes as this process would, to the last bit
             threads = min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // workers))
         self._threads, self._memory = threads, memory
-        # Nothing is ever written: it closes when this process ends, however that happens.
-        self._ending, self._alive = server.context().Pipe(duplex=False)
         dealt = [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
         self._processes: list[_Process] = []
         try:
@@ -158,24 +164,24 @@ class Pool(Executor):
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
-            worker.process.close()
-            worker.pipe.close()
+            worker.close()
         self._processes = []
         self._file.close()
-        self._ending.close()
-        self._alive.close()
 
     def _of(self, number: int) -> _Process:
         return next(worker for worker in self._processes if worker.number == number)
 
     def _spawn(self, gpu: int | None) -> _Process:
         ours, theirs = server.context().Pipe()
+        # Nothing is ever written: it closes when this process ends, however that happens.  Each
+        # worker has one of its own, as the kernel tells one process only.
+        ending, alive = server.context().Pipe(duplex=False)
         variables = {**os.environ, "OMP_NUM_THREADS": str(self._threads)}
         if gpu is not None:
             variables["CUDA_VISIBLE_DEVICES"] = str(gpu)  # read when CUDA is first used
         limits = _Limits(self._threads, self._memory, variables)
         process = server.context().Process(
-            target=_serve, args=(theirs, self._ending, self._file.name, limits), daemon=True
+            target=_serve, args=(theirs, ending, self._file.name, limits), daemon=True
         )
         server.start()
         try:
@@ -184,13 +190,13 @@ class Pool(Executor):
             raise ExecutorError("workers: the process that starts them has ended.") from error
         finally:
             theirs.close()
-        return _Process(process, ours, gpu)
+            ending.close()
+        return _Process(process, ours, alive, gpu)
 
     def _replace(self, worker: _Process) -> None:
         worker.process.kill()
         worker.process.join()
-        worker.process.close()
-        worker.pipe.close()
+        worker.close()
         self._processes[self._processes.index(worker)] = self._spawn(worker.gpu)
 
     def _send(self, worker: _Process, what: Any) -> None:
@@ -242,9 +248,10 @@ def _serve(pipe: Connection, ending: Connection, path: str, limits: _Limits) -> 
     if limits.memory is not None:
         most = _data_segment() + limits.memory
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    pipe.send(_READY)
-    while (what := pipe.recv()) is not None:
-        pipe.send(worker.start(what) if isinstance(what, Assignment) else worker.answer(what))
+    with contextlib.suppress(EOFError, ConnectionError):  # the coordinator is gone
+        pipe.send(_READY)
+        while (what := pipe.recv()) is not None:
+            pipe.send(worker.start(what) if isinstance(what, Assignment) else worker.answer(what))
 
 
 def _die_at_the_end_of(pipe: Connection) -> None:

@@ -124,11 +124,14 @@ class Behaving(Walker):
         found = super().step()
         if self.steps != 5:
             return found
-        mark = Path(os.environ.get("BEHAVING_FOLDER", self.folder), "died")
+        folder = os.environ.get("BEHAVING_FOLDER", self.folder)
+        mark = Path(folder, "died")
         if self.how == "die" or (self.how == "die once" and not mark.exists()):
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         if self.how == "hang":
+            if folder:
+                Path(folder, f"hangs-{os.getpid()}").touch()
             time.sleep(3600)
         if self.how == "memory":
             torch.ones(1 << 31, dtype=torch.uint8)
