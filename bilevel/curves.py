@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,7 @@ class Panel:
         log: whether the vertical axis is logarithmic.
         step: whether values hold until the next one, as a schedule does.
         span: columns that it takes.
+        best: training steps at which the run was best; None where that is not marked.
     """
 
     title: str
@@ -64,13 +65,28 @@ class Panel:
     log: bool = False
     step: bool = False
     span: int = 1
+    best: float | None = None
 
 
-def panels(trace: Sequence[Record], schedule: Schedule, space: Space) -> list[Panel]:
+def panels(
+    trace: Sequence[Record],
+    schedule: Schedule,
+    space: Space,
+    steps: int,
+    best: float | None = None,
+) -> list[Panel]:
     """Return the panels of a run: losses, hypergradient norms, and each hyperparameter.
 
     A hyperparameter has the same color in all of them.
+
+    Args:
+        trace: of the run.
+        schedule: of the run; the values that would have come next are not drawn.
+        space: the hyperparameters.
+        steps: training steps of the run.
+        best: training steps at which it was best, to be marked where that was before the end.
     """
+    mark = best if best is not None and best < steps else None
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(schedule.names)}
     losses = [
         _column(trace, "outer_loss", "outer loss (batch)", COLORS[0]),
@@ -86,9 +102,13 @@ def panels(trace: Sequence[Record], schedule: Schedule, space: Space) -> list[Pa
             losses[0].label if len(losses) == 1 else "loss",
             losses,
             log=_spans_decades([c.y for c in losses]),
+            best=mark,
         ),
-        Panel("hypergradient norm ‖dF/dz‖", [_positive(c) for c in norms], log=True, span=2),
-        *(_hyperparameter(name, schedule, space, colors[name]) for name in schedule.names),
+        Panel("hypergradient norm ‖dF/dz‖", [_positive(c) for c in norms], True, span=2, best=mark),
+        *(
+            replace(_hyperparameter(name, schedule, space, colors[name], steps), best=mark)
+            for name in schedule.names
+        ),
     ]
 
 
@@ -110,11 +130,13 @@ def _spans_decades(values: Sequence[Array]) -> bool:
     return bool(len(every) and every.min() > 0 and every.max() > 100 * every.min())
 
 
-def _hyperparameter(name: str, schedule: Schedule, space: Space, color: str) -> Panel:
+def _hyperparameter(name: str, schedule: Schedule, space: Space, color: str, steps: int) -> Panel:
     domain = space[name]
     log = isinstance(domain, Grad) and domain.scale == "log"
-    x = schedule["step"]
-    table = schedule[name].reshape(len(x), -1) if name in schedule else None
+    rows = schedule.rows(steps)
+    x = np.append(schedule["step"][:rows], steps)
+    held = [*range(rows), rows - 1]  # the last values hold until the end
+    table = schedule[name][held].reshape(len(x), -1) if name in schedule else None
     if table is not None and table.shape[1] == 1:
         return Panel(name, [Curve(name, x, table[:, 0], color)], log, step=True)
     if table is not None and table.shape[1] <= MAX_LINES:
@@ -122,7 +144,7 @@ def _hyperparameter(name: str, schedule: Schedule, space: Space, color: str) -> 
         shades = [COLORS[(first + i) % len(COLORS)] for i in range(table.shape[1])]
         lines = [Curve(f"{name}[{i}]", x, table[:, i], c) for i, c in enumerate(shades)]
         return Panel(name, lines, log, step=True)
-    low, q25, median, q75, high, _ = schedule.summary(name).T
+    low, q25, median, q75, high, _ = schedule.summary(name)[held].T
     bands = (("range", low, high), ("quartiles", q25, q75))
     title = f"{name} ({schedule.size(name)} values)"
     return Panel(title, [Curve("median", x, median, color, bands)], log, step=True)

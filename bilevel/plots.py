@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["COLORS", "html_figure", "write_figure"]
 
 COLUMNS = 3
+BEST = "best"
+"""Legend of the line where a run was best."""
+
 _LEGEND_ROOM = 8  # more entries stand beside the axes, not in them
 
 
@@ -88,6 +91,8 @@ def _draw(axes: Axes, panel: Panel) -> None:
             marker="o" if curve.marks else "",
             markersize=2.5,
         )
+    if panel.best is not None:
+        axes.axvline(panel.best, color=COLORS[9], lw=1, ls="--", label=BEST)
     axes.set_title(panel.title, fontsize=10, loc="left")
     axes.set_xlabel("training steps", fontsize=8)
     axes.tick_params(labelsize=8, which="both")
@@ -127,6 +132,10 @@ def html_figure(panels: Sequence[Panel], title: str) -> Figure:
         for curve in panel.curves:
             for trace in _traces(panel, curve):
                 figure.add_trace(trace, **where)
+        if panel.best is not None:
+            line = {"color": COLORS[9], "width": 1, "dash": "dash"}
+            shown = {"name": BEST, "showlegend": _needs_legend(panel), "legendgroup": panel.title}
+            figure.add_vline(panel.best, line=line, **shown, **where)
         figure.update_xaxes(title_text="training steps", title_font_size=11, **where)
         if panel.log:
             figure.update_yaxes(type="log", exponentformat="power", **where)

@@ -80,6 +80,8 @@ class Result:
     def plot(self, path: str | os.PathLike[str], title: str | None = None) -> Path:
         """Draw losses, hypergradient norms and the schedule of every hyperparameter.
 
+        A dashed line marks the lowest validation loss where that was before the end.
+
         Args:
             path: a file ending in ``.png`` or ``.html`` (self-contained).
             title: above the figure.
@@ -89,7 +91,9 @@ class Result:
             OSError: the file cannot be written.
         """
         title = title or f"{len(self.trace)} outer steps, {self.cost.steps} training steps"
-        return write_figure(panels(self.trace, self.schedule, self.space), path, title)
+        best = None if self.best is None else self.best.steps
+        found = panels(self.trace, self.schedule, self.space, self.cost.steps, best)
+        return write_figure(found, path, title)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the result into a folder, atomically; also ``schedule.csv`` and ``trace.json``.

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,6 +89,13 @@ class Schedule(Mapping[str, NDArray[np.float64]]):
         if name not in self._large:
             rows = [_summarize(row) for row in rows]
         return torch.stack(rows).numpy()
+
+    def rows(self, steps: int) -> int:
+        """Return how many rows came into force in the first `steps` training steps; at least one.
+
+        A later row is what would have come next: nothing was trained on it.
+        """
+        return max(1, bisect_left(self._steps, steps))
 
     def _history(self, name: str) -> list[Tensor]:
         if name not in self._rows:

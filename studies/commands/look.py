@@ -15,8 +15,8 @@ from bilevel.describe import differences
 from studies.record import TrialRecord
 from studies.views.objectives import front_of, leading, objectives, value_texts
 from studies.views.readable import best_of
-from studies.views.stored import StoredStudy
-from studies.views.summary import as_json, describe_values, moves, rows_in_force
+from studies.views.stored import StoredStudy, study_names
+from studies.views.summary import as_json, describe_values, moves
 from studies.views.tables import number as digits
 from studies.views.tables import state_word, value_text
 
@@ -25,6 +25,7 @@ __all__ = [
     "compared",
     "compared_view",
     "final_values",
+    "to_compare",
     "trial_data",
     "trial_view",
 ]
@@ -45,7 +46,7 @@ def final_values(study: StoredStudy, record: TrialRecord) -> dict[str, Any]:
     schedule = study.schedule(record.number) if large else None
     for name in large:
         if schedule is not None and name in schedule:
-            row = rows_in_force(schedule, record.at or record.cost.steps) - 1
+            row = schedule.rows(record.at or record.cost.steps) - 1
             values[name] = schedule[name][row].tolist()
     return values
 
@@ -154,10 +155,31 @@ def _values_table(study: StoredStudy, record: TrialRecord) -> Table:
     return table
 
 
-def compared(studies: Sequence[StoredStudy], targets: Sequence[str]) -> dict[str, Any]:
+def to_compare(targets: Sequence[str], names: Sequence[str]) -> dict[str, StoredStudy]:
+    """Return the studies at the targets, or those of one database, by what a table calls them.
+
+    Raises:
+        ValueError: fewer than two studies, one of them twice, or names and several targets.
+        StorageError: there is nothing, or no study of this name, at a target.
+    """
+    if len(targets) == 1:
+        names = names or study_names(targets[0])
+        found = {name: StoredStudy(targets[0], name) for name in names}
+    elif names:
+        raise ValueError(f"--study chooses among the studies of one database, but got {targets}.")
+    else:
+        found = {target: StoredStudy(target) for target in targets}
+    if len(found) < max(2, len(targets), len(names)):
+        given = ", ".join(map(repr, names or targets))
+        raise ValueError(f"compare needs at least two studies, each once, but got {given}.")
+    return found
+
+
+def compared(studies: Mapping[str, StoredStudy]) -> dict[str, Any]:
     """Return studies side by side as plain data; differences are to the first one."""
     rows, lines = [], []
-    for target, study in zip(targets, studies, strict=True):
+    first = next(iter(studies.values()))
+    for target, study in studies.items():
         records = study.trials
         best = best_of(study.optuna)
         rows.append(
@@ -176,22 +198,23 @@ def compared(studies: Sequence[StoredStudy], targets: Sequence[str]) -> dict[str
                 "front": [as_json(record) for record in front_of(study.optuna)],
             }
         )
-        if study is not studies[0]:
-            for line in _settings_differences(studies[0], study):
+        if study is not first:
+            for line in _settings_differences(first, study):
                 lines.append(f"{target}: {line if len(line) < LONG else line[:LONG] + ' ...'}")
     return {"studies": rows, "differences": lines}
 
 
 def _settings_differences(first: StoredStudy, other: StoredStudy) -> Iterator[str]:
     """What differs in the settings, the budget and the space."""
-    for key in dict.fromkeys([*first.settings, *other.settings]):
-        if key == "space":
-            continue
-        for line in differences(first.settings.get(key), other.settings.get(key), key):
-            yield line.replace(" before, ", " first, ").replace(" now", " here")
-    mine, its = (study.optuna.user_attrs.get("run") for study in (first, other))
-    for line in differences(mine, its, "run"):
-        yield line.replace(" before, ", " first, ").replace(" now", " here")
+    mine, its = (
+        {**study.settings, **study.optuna.user_attrs.get("search", {}),
+         "run": study.optuna.user_attrs.get("run")}
+        for study in (first, other)
+    )  # fmt: skip
+    for key in dict.fromkeys([*mine, *its]):
+        if key != "space":
+            for line in differences(mine.get(key), its.get(key), key):
+                yield line.replace(" before, ", " first, ").replace(" now", " here")
     yield from (f"space: {line}" for line in first.space.differences(other.space))
 
 

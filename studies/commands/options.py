@@ -14,6 +14,7 @@ __all__ = [
     "Folder",
     "Format",
     "Name",
+    "Names",
     "Own",
     "Quiet",
     "Ray",
@@ -34,7 +35,9 @@ Target = Annotated[
 ]
 Targets = Annotated[
     list[str],
-    typer.Argument(metavar="DIR DIR...", help="Studies.", autocompletion=study_folders),
+    typer.Argument(
+        metavar="DIR...", help="Studies, or one database.", autocompletion=study_folders
+    ),
 ]
 Folder = Annotated[
     Path,
@@ -45,6 +48,10 @@ Folder = Annotated[
 Name = Annotated[
     Optional[str],  # noqa: UP045  (typer reads the annotation at run time)
     typer.Option("--study", help="Which study, where a database holds several."),
+]
+Names = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--study", help="A study of the database; once for each."),
 ]
 Own = Annotated[
     Optional[list[str]],  # noqa: UP045

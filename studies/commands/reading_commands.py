@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from studies.commands.options import Format, Name, Target, Targets, Values
+from studies.commands.options import Format, Name, Names, Target, Targets, Values
 from studies.commands.printing import Json, print_json, print_result
 from studies.storage.collector import imports
 
@@ -105,16 +105,17 @@ def show(
 @reading_app.command()
 def compare(
     targets: Targets,
+    names: Names = None,
     json: Json = False,
 ) -> None:
-    """Compare best trials, costs and settings of studies."""
-    with imports():
-        from studies.commands.look import compared, compared_view
-        from studies.views.stored import StoredStudy
+    """Compare best trials, costs and settings of studies.
 
-    if len(targets) < 2:
-        raise ValueError(f"compare needs at least two studies, but got {targets}.")
-    found = compared([StoredStudy(target) for target in targets], targets)
+    Of one database all studies, or those that --study names.
+    """
+    with imports():
+        from studies.commands.look import compared, compared_view, to_compare
+
+    found = compared(to_compare(targets, names or []))
     if json:
         print_json(found)
     else:

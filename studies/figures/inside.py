@@ -22,7 +22,6 @@ from studies.messages import TRACE
 from studies.record import TrialRecord
 from studies.views.objectives import leading, ranked
 from studies.views.readable import Readable
-from studies.views.summary import rows_in_force
 from studies.views.tables import base_name
 
 __all__ = ["MOST_NAMES", "certified_error", "is_log", "norms", "paths", "schedule_map"]
@@ -63,7 +62,7 @@ def paths(study: Readable) -> Curves | None:
         for (record, schedule), look in zip(found, looks, strict=True):
             if name not in schedule.names:
                 continue
-            rows = rows_in_force(schedule, record.cost.steps)
+            rows = schedule.rows(record.cost.steps)
             x, y = schedule["step"][:rows].tolist(), schedule.summary(name)[:rows, 2].tolist()
             x, y = [*x, record.cost.steps], [*y, y[-1]]
             keep = thin(len(x))
@@ -93,8 +92,8 @@ def schedule_map(study: Readable) -> HeatMap | None:
     columns = schedule.columns()
     steps = columns.pop("step")
     columns = {n: c for n, c in columns.items() if not n.endswith(".mean")}
-    keep = thin(rows_in_force(schedule, record.cost.steps))
-    result = rows_in_force(schedule, record.at or record.cost.steps) - 1
+    keep = thin(schedule.rows(record.cost.steps))
+    result = schedule.rows(record.at or record.cost.steps) - 1
     shares, texts, labels = [], [], []
     for name, column in list(columns.items())[: 4 * MOST_NAMES]:
         values = np.asarray(column, dtype=np.float64)[keep]

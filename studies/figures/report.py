@@ -53,7 +53,7 @@ def write_report(study: Readable, folder: Path) -> list[Path]:
     for name, chart in figures(study).items():
         parts.append(figure_part(interactive(chart), first=not files))
         files.append(write_picture(chart, folder / f"{name}.png"))
-    drawn = run_panels(study, best[0].number)
+    drawn = run_panels(study, best[0])
     if drawn:
         title = f"trial {best[0].number}: losses, hypergradients and schedules"
         parts += [f"<h2>{title}</h2>", figure_part(html_figure(drawn, ""), first=not files)]
@@ -122,7 +122,7 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
         figure_part(comparison_figure(found), first=True),
     ]
     study = found.studies["gradient"]
-    drawn = run_panels(study, study.best.number)
+    drawn = run_panels(study, study.best)
     if drawn:
         title = f"gradient-tuned run at seed {found.seeds[0]}"
         parts += [
@@ -138,12 +138,12 @@ def comparison_report(found: Comparison, folder: Path) -> tuple[Path, list[Path]
     return page, pictures
 
 
-def run_panels(study: Readable, number: int) -> list[Panel]:
+def run_panels(study: Readable, record: TrialRecord) -> list[Panel]:
     """Return the panels of a trial's run; none where the gradient owned nothing."""
-    schedule, trace = study.schedule(number), study.artifact(TRACE, number)
+    schedule, trace = study.schedule(record.number), study.artifact(TRACE, record.number)
     if schedule is None or trace is None:
         return []
-    return panels(json.loads(trace), schedule, study.space)
+    return panels(json.loads(trace), schedule, study.space, record.cost.steps, record.at)
 
 
 def _hyperparameters(found: Comparison) -> str:

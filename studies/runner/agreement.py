@@ -94,6 +94,8 @@ def agree_on_run(
 ) -> Ladder:
     """Store what a trial is in a new study; compare it with that of an existing one.
 
+    Who asks may change: the sampler and the pruner are noted, for `bilevel study compare`.
+
     Returns:
         The rungs that were stored first: they may depend on the number of trials.
 
@@ -107,6 +109,9 @@ def agree_on_run(
         "keep": keep,
     }
     stored = study.user_attrs.get("run")
+    search = {"sampler": str(study.sampler), "pruner": type(study.pruner).__name__}
+    if study.user_attrs.get("search") != search:
+        study.set_user_attr("search", search)
     if stored is None:
         study.set_user_attr("run", {**mine, **asdict(ladder)})
         return ladder

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from sqlalchemy.engine import URL
 
 from bilevel.checks import did_you_mean
 from bilevel.space import Space
@@ -31,6 +32,7 @@ __all__ = [
     "STORAGE_VARIABLE",
     "StoredStudy",
     "read_spec",
+    "study_names",
 ]
 
 STORAGE_VARIABLE = "BILEVEL_STORAGE"
@@ -54,20 +56,9 @@ class StoredStudy(Readable):
     """
 
     def __init__(self, target: str | PathLike[str], name: str | None = None) -> None:
-        path = Path(target)
-        if "://" not in str(target) and not path.exists():
-            raise StorageError(f"there is no folder or database {str(target)!r}.")
-        if path.is_dir():
-            self.spec = read_spec(path)
-            self.folder = path
-            self.url = parse_storage(_place(self.spec, path))
-            name = name or self.spec["study"]
-        else:
-            self.spec = {}
-            self.url = parse_storage(target)
-            self.folder = default_folder(self.url)
+        self.spec, self.folder, self.url = _found(target)
         self.database = open_storage(self.url, create=False)
-        self.name = self._choose(name)
+        self.name = self._choose(name or self.spec.get("study"))
         self.files = Files(self.folder, self.name)
 
     def _choose(self, name: str | None) -> str:
@@ -139,6 +130,27 @@ class StoredStudy(Readable):
             return None
         except BlockingIOError:
             return lock_holder(self.files.study)
+
+
+def study_names(target: str | PathLike[str]) -> list[str]:
+    """Return the names of all studies of a database, perhaps that of a study's folder.
+
+    Raises:
+        StorageError: there is no database at the target.
+    """
+    return sorted(optuna.get_all_study_names(open_storage(_found(target)[2], create=False)))
+
+
+def _found(target: str | PathLike[str]) -> tuple[dict[str, Any], Path, URL]:
+    """Return what a folder says about its study, the folder, and the address of the database."""
+    path = Path(target)
+    if "://" not in str(target) and not path.exists():
+        raise StorageError(f"there is no folder or database {str(target)!r}.")
+    if path.is_dir():
+        spec = read_spec(path)
+        return spec, path, parse_storage(_place(spec, path))
+    url = parse_storage(target)
+    return {}, default_folder(url), url
 
 
 def read_spec(folder: Path) -> dict[str, Any]:

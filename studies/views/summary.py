@@ -25,7 +25,6 @@ __all__ = [
     "done_line",
     "middle",
     "moves",
-    "rows_in_force",
     "summary",
     "trial_line",
 ]
@@ -158,14 +157,6 @@ def moves(schedule: Schedule, hparams: Mapping[str, Any]) -> dict[str, str]:
         elements = f" ({size})" if size > 1 else ""
         found[name] = f"{start:.3g}->{middle(hparams[name]):.3g}{elements}"
     return found
-
-
-def rows_in_force(schedule: Schedule, steps: int) -> int:
-    """Return how many rows of a schedule came into force in so many training steps; at least one.
-
-    A later row is what would have come next: nothing was trained on it.
-    """
-    return max(1, int((schedule["step"] < steps).sum()))
 
 
 def middle(value: Any) -> float:

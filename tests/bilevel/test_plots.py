@@ -24,7 +24,8 @@ def found() -> Result:
 
 
 def drawn(found: Result) -> list[Panel]:
-    return panels(found.trace, found.schedule, found.space)
+    best = found.best.steps if found.best else None
+    return panels(found.trace, found.schedule, found.space, found.cost.steps, best)
 
 
 def test_panels_hold_the_numbers_of_the_run(found: Result) -> None:
@@ -38,7 +39,9 @@ def test_panels_hold_the_numbers_of_the_run(found: Result) -> None:
     assert loss.curves[2].x.tolist() == [9.0, 18.0, 27.0, 36.0]
     assert norm.curves[0].y.tolist() == [row["grad_norm/penalty"] for row in found.trace]
     assert norm.log
-    values = found.schedule["penalty"]
+    values = found.schedule["penalty"][:-1]  # what would have come next was never trained on
+    assert penalty.curves[0].x.tolist() == [*found.schedule["step"][:-1], found.cost.steps]
+    values = np.concatenate([values, values[-1:]])
     assert (penalty.title, penalty.log, penalty.step) == ("penalty (8 values)", True, True)
     (curve,) = penalty.curves
     assert np.allclose(curve.y, np.median(values, axis=1))
@@ -56,7 +59,7 @@ def _made(**values: Any) -> tuple[list[Panel], Space]:
         schedule.record(t, {n: torch.as_tensor(v) + t for n, v in values.items()})
         norms = {f"grad_norm/{n}": 0.1 * t for n in values}
         trace.append({"steps": t, "outer_loss": 1000.0**-t, "grad_norm": 1.0, **norms})
-    return panels(trace, schedule, space), space
+    return panels(trace, schedule, space, 3), space
 
 
 def test_small_tensors_are_lines_and_colors_stay_with_their_names() -> None:
@@ -68,12 +71,12 @@ def test_small_tensors_are_lines_and_colors_stay_with_their_names() -> None:
     for own, curve in zip(rest, norm.curves[1:], strict=True):
         assert own.curves[0].color == curve.color in COLORS
     assert [c.label for c in rest[-1].curves] == ["b[0]", "b[1]"]
-    assert rest[-1].curves[1].y.tolist() == [2.0, 3.0, 4.0]
+    assert rest[-1].curves[1].y.tolist() == [2.0, 3.0, 4.0, 4.0]  # until the end
 
 
 def test_quantiles_are_drawn_where_no_more_was_kept() -> None:
     (_, _, large), _ = _made(w=torch.linspace(0, 1, 5))
-    assert large.curves[0].y.tolist() == pytest.approx([0.5, 1.5, 2.5])
+    assert large.curves[0].y.tolist() == pytest.approx([0.5, 1.5, 2.5, 2.5])
 
 
 def test_png(found: Result, tmp_path: Path) -> None:
@@ -97,6 +100,17 @@ def test_html_stands_alone(found: Result, tmp_path: Path) -> None:
     assert list(lines["validation loss"].y) == [r["val_loss"] for r in found.trace[2::3]]
     assert list(lines["median"].x) == found.schedule["step"].tolist()
     assert figure.layout.yaxis2.type == "log"
+
+
+def test_where_a_run_was_best_is_marked_unless_at_its_end(found: Result) -> None:
+    marked = panels(found.trace, found.schedule, found.space, 36, 18)
+    figure = html_figure(marked, "t")
+    assert [(line.x0, line.x1, line.name) for line in figure.layout.shapes] == [
+        (18, 18, "best")
+    ] * 3
+    assert not html_figure(
+        panels(found.trace, found.schedule, found.space, 36, 36), "t"
+    ).layout.shapes
 
 
 def test_bad_paths(found: Result, tmp_path: Path) -> None:

@@ -138,6 +138,6 @@ def test_commands_show_the_same_fields(tmp_path: Path, ray_cluster: None) -> Non
     assert "max_iter" in console("study", "show", "tune.db", "0", cwd=tmp_path).out
     assert "momentum" in page.read_text()
     assert "s: network on digits" in console("study", "status", "tune.db", cwd=tmp_path).out
-    compared = console("study", "compare", "tune.db", "tune.db", "--json", cwd=tmp_path)
+    compared = console("study", "compare", "tune.db", "own.db", "--json", cwd=tmp_path)
     rows = json.loads(compared.out)["studies"]
     assert [(row["learner"], row["task"]) for row in rows] == [("network", "digits")] * 2

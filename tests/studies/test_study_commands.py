@@ -15,9 +15,11 @@ import pyarrow.parquet
 import pytest
 import yaml
 
+from studies import Study
 from studies.storage.locks import coordinator_lock
 from studies.views.stored import StoredStudy
 from tests.studies.console import STUDY, Ended, console, interrupted_run, study_file
+from tests.studies.trials import Walker
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,28 @@ def test_export(made: tuple[Path, Ended], tmp_path: Path) -> None:
     table = pyarrow.parquet.read_table(to).to_pylist()
     assert [row["number"] for row in table] == [0, 1, 2]
     assert table[0]["cost.steps"] == 40
+
+
+def test_compare_takes_the_studies_of_one_database(tmp_path: Path) -> None:
+    for name, sampler in (("a", "random"), ("b", "tpe"), ("c", "random")):
+        space = Walker.space.fix(pace=0.0)
+        Study(name, Walker, "digits", tmp_path / "all.db", space=space, sampler=sampler).run(2, 4)
+    found = console("study", "compare", "all.db", "--json", cwd=tmp_path).json
+    assert [row["target"] for row in found["studies"]] == ["a", "b", "c"]
+    assert len(found["differences"]) == 1
+    assert found["differences"][0].startswith("b: sampler: ")
+    two = ("--study", "c", "--study", "a")
+    text = console("study", "compare", "all.db", *two, cwd=tmp_path).out
+    assert "no settings differ" in text
+    for wrong, said in (
+        (("all.db", "--study", "a"), "at least two studies, each once, but got 'a'"),
+        (("all.db", "--study", "a", "--study", "a"), "each once, but got 'a', 'a'"),
+        (("all.db", "--study", "a", "--study", "d"), "has no study 'd'"),
+        (("all.db", "all.db"), "holds 3 studies; choose one with --study"),
+        (("all.db", "all.db", "--study", "a"), "--study chooses among the studies of one"),
+    ):
+        done = console("study", "compare", *wrong, cwd=tmp_path)
+        assert (done.code, said in done.err) == (2, True), done.err
 
 
 def test_compare_with_pure_sampling_of_the_same_file(
