@@ -118,12 +118,18 @@ def make_pruner(value: Any) -> Any:
     Raises:
         PlanError: an unknown name or option, a value that the pruner refuses.
     """
-    from studies.sampling.samplers import PRUNERS
+    from studies.sampling import samplers
 
-    name, options = _of_optuna(value, PRUNERS, "pruner")
+    name, options = _of_optuna(value, samplers.PRUNERS, "pruner")
     if not options:
         return name
-    return call(PRUNERS[name], options, f"pruner ({name})")
+    if name == "patient":
+        inner = make_pruner(options.get("wrapped_pruner", "none"))
+        try:
+            options["wrapped_pruner"] = samplers.make_pruner(inner)
+        except ValueError as error:
+            raise PlanError(f"pruner.wrapped_pruner: {error}") from error
+    return call(samplers.PRUNERS[name], options, f"pruner ({name})")
 
 
 def _of_optuna(value: Any, known: Mapping[str, Any], what: str) -> tuple[str, dict[str, Any]]:

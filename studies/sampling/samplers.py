@@ -23,17 +23,22 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
     "cmaes": lambda seed: optuna.samplers.CmaEsSampler(seed=seed),
     "qmc": lambda seed: optuna.samplers.QMCSampler(seed=seed, scramble=True),
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
+    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed),
     "bruteforce": lambda seed: optuna.samplers.BruteForceSampler(seed=seed),
 }
-"""Optuna's samplers by name; any other sampler is given as an object."""
+"""Optuna's samplers by name; those that need more than a seed are given as objects."""
 
 PRUNERS: dict[str, Callable[[], BasePruner]] = {
     "none": optuna.pruners.NopPruner,
     "median": optuna.pruners.MedianPruner,
     "halving": optuna.pruners.SuccessiveHalvingPruner,
     "hyperband": optuna.pruners.HyperbandPruner,
+    "wilcoxon": optuna.pruners.WilcoxonPruner,
+    "percentile": optuna.pruners.PercentilePruner,
+    "threshold": optuna.pruners.ThresholdPruner,
+    "patient": optuna.pruners.PatientPruner,
 }
-"""Optuna's pruners by name; any other pruner is given as an object."""
+"""Optuna's pruners by name; the last three need options: an object, or a table of a study file."""
 
 
 def make_sampler(sampler: BaseSampler | str | None, seed: int) -> SeededSampler:
@@ -56,14 +61,17 @@ def make_pruner(pruner: BasePruner | str | None) -> BasePruner:
     """Return the named pruner (default "none"), or the given one.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or that of a pruner that needs options.
     """
     if isinstance(pruner, BasePruner):
         return pruner
     name = pruner or "none"
     if name not in PRUNERS:
         raise ValueError(f"pruner must be one of {sorted(PRUNERS)} or an object, but got {name!r}.")
-    return PRUNERS[name]()
+    try:
+        return PRUNERS[name]()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"pruner {name!r} needs options, so an object: {error}") from error
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 
@@ -65,6 +66,17 @@ width = 32
     assert isinstance(plan(BASE + 'algorithm = "MAID"').algorithm, MAID)
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_pruners_that_need_options() -> None:
+    pruner: Any = plan(BASE + "pruner = { name = 'percentile', percentile = 30.0 }").pruner
+    assert isinstance(pruner, optuna.pruners.PercentilePruner)
+    patient = "pruner = { name = 'patient', patience = 2%s }"
+    pruner = plan(BASE + patient % ", wrapped_pruner = 'median'").pruner
+    assert isinstance(pruner._wrapped_pruner, optuna.pruners.MedianPruner)
+    pruner = plan(BASE + patient % "").pruner
+    assert isinstance(pruner._wrapped_pruner, optuna.pruners.NopPruner)
+
+
 def test_a_plan_from_a_function(tmp_path: Path) -> None:
     (tmp_path / "mine_plan.py").write_text(
         "from studies.plan import Plan\ndef study():\n    return Plan('network', 'digits', 2, 10)\n"
@@ -98,6 +110,12 @@ def test_plain_data_of_the_command_line() -> None:
         (BASE + "samplr = 'tpe'", "did you mean 'sampler'"),
         (BASE + "sampler = { name = 'tpe', startup = 1 }", "unknown key 'startup'"),
         (BASE + "sampler = { name = 'tp', seed = 1 }", "did you mean 'tpe'"),
+        (BASE + "pruner = { name = 'threshold', uper = 1 }", "did you mean 'upper'"),
+        (BASE + "pruner = { name = 'percentile', n_warmup_steps = 1 }", "'percentile'"),
+        (
+            BASE + "pruner = { name = 'patient', patience = 1, wrapped_pruner = 'x' }",
+            "pruner.wrapped_pruner: pruner must be one of",
+        ),
         (BASE + "algorithm = 'Decent'", "did you mean 'Descent'"),
         (BASE + "algorithm = { name = 'Descent', rate = 1 }", "unknown key 'rate'"),
         (BASE + "algorithm = { name = 'Descent', lr = -1.0 }", "lr must be finite and >= 0"),

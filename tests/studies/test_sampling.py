@@ -110,13 +110,19 @@ def test_enumeration_says_when_nothing_is_left() -> None:
     assert len(seen) == len(study.trials) == 6
 
 
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
 def test_names_are_checked() -> None:
     with pytest.raises(ValueError, match=r"sampler must be one of .*'tpe'.* but got 'tpee'"):
         make_sampler("tpee", 0)
     with pytest.raises(ValueError, match=r"pruner must be one of .*'median'.* but got 'x'"):
         make_pruner("x")
     assert isinstance(make_pruner(None), optuna.pruners.NopPruner)
-    assert all(isinstance(make_pruner(name), optuna.pruners.BasePruner) for name in PRUNERS)
+    more = {"percentile", "threshold", "patient"}
+    for name in more:
+        with pytest.raises(ValueError, match=f"pruner '{name}' needs options, so an object: "):
+            make_pruner(name)
+    for name in set(PRUNERS) - more:
+        assert isinstance(make_pruner(name), optuna.pruners.BasePruner)
 
 
 def test_derived_seeds_differ_in_every_part() -> None:
