@@ -8,6 +8,7 @@ from .executors.base import ExecutorError as ExecutorError
 from .executors.config import Here as Here
 from .executors.config import Processes as Processes
 from .executors.config import RayActors as RayActors
+from .executors.server import preload_workers as preload_workers
 from .plan import Plan as Plan
 from .record import Failure as Failure
 from .record import TrialRecord as TrialRecord

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "studies_overhead"
 REPEATS = 5
 
+PRELOAD = "from studies import preload_workers; preload_workers()"
 COLD = """
 import sys, tempfile, pathlib
 from studies import Study
@@ -47,12 +48,12 @@ def plan():
 """
 
 
-def cold(trials: int, workers: int, *, console: bool = False) -> float:
+def cold(trials: int, workers: int, *, console: bool = False, preload: bool = False) -> float:
     """Wall seconds of a fresh process that runs so many trivial trials on a trivial task."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         script = Path(folder, "script.py")
-        script.write_text(PLAN if console else COLD)
+        script.write_text(PLAN if console else PRELOAD * preload + COLD)
         if console:
             program = str(Path(sys.executable).with_name("bilevel"))
             command = [program, "study", "run", f"{script}:plan", "--out", f"{folder}/out"]
@@ -155,6 +156,7 @@ def main() -> None:
             ("10 trials, in process", 10, 1),
         ):
             times.setdefault(name, []).append(cold(trials, workers))
+        times.setdefault("10 trials, preloaded", []).append(cold(10, 2, preload=True))
         times.setdefault("imports of torch and optuna", []).append(imports())
     middle = {name: statistics.median(values) for name, values in times.items()}
     each = (middle["110 trials, pool of 2"] - middle["10 trials, pool of 2"]) / 100
@@ -164,6 +166,7 @@ def main() -> None:
             f"{middle['10 trials, command line']:.2f} s"
         ),
         "same, of a Python script": f"{middle['10 trials, pool of 2']:.2f} s",
+        "same, with `preload_workers` at its top": f"{middle['10 trials, preloaded']:.2f} s",
         "same, in process": f"{middle['10 trials, in process']:.2f} s",
         "yardstick: imports of torch and optuna": f"{middle['imports of torch and optuna']:.2f} s",
         "each further trivial trial, pool of 2": f"{1000 * each:.1f} ms",

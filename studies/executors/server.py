@@ -12,12 +12,32 @@ import threading
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 
-__all__ = ["context", "start"]
+__all__ = ["context", "preload_workers", "start"]
 
 
 def context() -> ForkServerContext:
     """Return the context of worker processes."""
     return multiprocessing.get_context("forkserver")
+
+
+def preload_workers(*modules: str) -> None:
+    """Have worker processes import torch already, while this program still does.
+
+    For the top of a script, before its other imports; else `Study.run` begins with it, and the two
+    imports come one after the other::
+
+        from studies import preload_workers
+
+        preload_workers()
+
+        import torch
+
+    Args:
+        modules: that workers will need beside those of a worker, such as that of the learner.
+    """
+    # A worker runs the script's top level, too, before it is one: this is how Python itself tells.
+    if not getattr(multiprocessing.current_process(), "_inheriting", False):
+        start(*modules)
 
 
 def start(*modules: str) -> None:

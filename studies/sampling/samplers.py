@@ -28,7 +28,7 @@ SAMPLERS: dict[str, Callable[[int], BaseSampler]] = {
 }
 """Optuna's samplers by name; those that need more than a seed are given as objects."""
 
-PRUNERS: dict[str, Callable[[], BasePruner]] = {
+PRUNERS: dict[str, type[BasePruner]] = {
     "none": optuna.pruners.NopPruner,
     "median": optuna.pruners.MedianPruner,
     "halving": optuna.pruners.SuccessiveHalvingPruner,

@@ -105,6 +105,36 @@ def test_workers_end_with_a_killed_coordinator_in_the_middle_of_a_step(tmp_path:
     assert not alive
 
 
+PRELOADING = """
+import sys
+from studies import preload_workers
+preload_workers("tests.studies.trials")
+assert "torch" not in sys.modules or __name__ != "__main__"
+from multiprocessing import forkserver
+server = forkserver._forkserver._forkserver_pid
+assert server is not None or __name__ != "__main__"
+from pathlib import Path
+from tests.studies.test_executors import behaving
+if __name__ == "__main__":
+    found = behaving(Path(sys.argv[1]), "fine").run(2, 10, workers=2)
+    assert forkserver._forkserver._forkserver_pid == server
+    print(*[record.value for record in found.trials])
+"""
+
+
+def test_a_script_may_start_the_server_of_workers_before_it_imports_torch(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(PRELOADING)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], env={**os.environ, "PYTHONPATH": root},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    alone = behaving(tmp_path / "b", "fine").run(2, 10)
+    assert list(map(float, done.stdout.split())) == [record.value for record in alone.trials]
+
+
 def test_a_worker_has_the_environment_of_its_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
