@@ -131,7 +131,8 @@ def test_a_script_may_start_the_server_of_workers_before_it_imports_torch(tmp_pa
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    alone = behaving(tmp_path / "b", "fine").run(2, 10)
+    (tmp_path / "alone").mkdir()
+    alone = behaving(tmp_path / "alone", "fine").run(2, 10)
     assert list(map(float, done.stdout.split())) == [record.value for record in alone.trials]
 
 
