@@ -208,7 +208,7 @@ def page(everything: dict[str, dict[str, list[Found]]]) -> str:
         "trials' worth of plain training, the first at the defaults; ASHA starts more, and stops",
         f"them early. PBT trains {POPULATION} members, tunes what is smooth, and takes the best of",
         "ten looks. One gradient run: no search at all. Study: the default, a bracket of nine.",
-        "`python -m benchmarks.studies.learners`; curves in studies_learners.png (median and range).",
+        "`python -m benchmarks.studies.learners`; curves in studies_learners.png (median, range).",
     ]
     for pair, ways in everything.items():
         lines += ["", f"## {pair}", "", "| way | val loss | test loss |", "| --- | ---: | ---: |"]
