@@ -65,8 +65,8 @@ class Watch:
         if isinstance(event, Rung):
             rungs = self.study.optuna.user_attrs["run"]["rungs"]
             self.shares[event.number] = rungs[event.rung - 1]
-            best = min([event.value, *(value for _, value in self.curve[-1:])])
-            self.curve.append((sum(self.shares.values()) * self.budget, best))
+            if not self.curve or event.value < self.curve[-1][1]:
+                self.curve.append((sum(self.shares.values()) * self.budget, event.value))
 
 
 def finished(study: Study, watch: Watch) -> Found:
@@ -172,7 +172,8 @@ def draw(everything: dict[str, dict[str, list[Found]]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     rows_of_axes = -(-len(everything) // 3)
-    figure, axes = plt.subplots(rows_of_axes, 3, figsize=(11, 3.3 * rows_of_axes), squeeze=False)
+    size = (11, 3.3 * rows_of_axes)
+    figure, axes = plt.subplots(rows_of_axes, 3, figsize=size, squeeze=False, layout="constrained")
     grid = np.linspace(0, TOTAL, 81)
     for axis, (pair, ways) in zip(axes.flat, everything.items(), strict=False):
         for color, (way, runs) in enumerate(ways.items()):
@@ -193,8 +194,8 @@ def draw(everything: dict[str, dict[str, list[Found]]], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     for axis in axes[:, 0]:
         axis.set_ylabel("lowest validation loss so far", fontsize=8)
-    axes[0, 0].legend(fontsize=6)
-    figure.tight_layout()
+    handles = axes[0, 0].get_lines()
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
     figure.savefig(path, dpi=110)
 
 
