@@ -148,9 +148,11 @@ class Paused:
 
     Attributes:
         so_far: what is stored of it if it never goes on.
+        rung: the last one that it reported; 0 for none.
     """
 
     so_far: Outcome
+    rung: int
 
     @property
     def number(self) -> int:

@@ -104,7 +104,6 @@ class Pool(Executor):
         except BaseException:
             self.close()
             raise
-        self._news: list[Message] = []
 
     @property
     def free(self) -> int:
@@ -123,8 +122,6 @@ class Pool(Executor):
 
     def wait(self, seconds: float | None) -> Message | None:
         """See `Executor.wait`."""
-        if self._news:
-            return self._news.pop(0)
         by_handle: dict[Any, _Process] = {}
         for worker in self._processes:
             by_handle[worker.pipe] = by_handle[worker.process.sentinel] = worker
@@ -135,14 +132,15 @@ class Pool(Executor):
                 continue  # replaced a moment ago
             message = self._receive(worker)
             if message is not None:
-                self._news.append(message)
-        return self._news.pop(0) if self._news else None
+                return message  # the others stay in their pipes, and may be killed with them
+        return None
 
     def interrupt(self) -> None:
         """See `Executor.interrupt`."""
         for worker in self._processes:
             if worker.number is not None and worker.ready and worker.process.pid is not None:
-                os.kill(worker.process.pid, signal.SIGUSR1)
+                with contextlib.suppress(ProcessLookupError):  # it died: `wait` will see
+                    os.kill(worker.process.pid, signal.SIGUSR1)
 
     def kill(self, number: int) -> None:
         """See `Executor.kill`."""
@@ -196,18 +194,21 @@ class Pool(Executor):
     def _replace(self, worker: _Process) -> None:
         worker.process.kill()
         worker.process.join()
+        at = self._processes.index(worker)
+        del self._processes[at]
         worker.close()
-        self._processes[self._processes.index(worker)] = self._spawn(worker.gpu)
+        self._processes.insert(at, self._spawn(worker.gpu))
 
     def _send(self, worker: _Process, what: Any) -> None:
         with contextlib.suppress(OSError):  # it died: `wait` will see its sentinel
-            worker.pipe.send(what)
+            worker.pipe.send_bytes(pickle.dumps(what))
 
     def _receive(self, worker: _Process) -> Message | None:
         try:
-            message = worker.pipe.recv() if worker.pipe.poll() else None
+            said = worker.pipe.recv_bytes() if worker.pipe.poll() else None
         except (EOFError, OSError):
-            message = None
+            said = None
+        message = None if said is None else pickle.loads(said)
         if message == _READY:
             worker.ready = True
             return None
@@ -249,9 +250,10 @@ def _serve(pipe: Connection, ending: Connection, path: str, limits: _Limits) -> 
         most = _data_segment() + limits.memory
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
     with contextlib.suppress(EOFError, ConnectionError):  # the coordinator is gone
-        pipe.send(_READY)
-        while (what := pipe.recv()) is not None:
-            pipe.send(worker.start(what) if isinstance(what, Assignment) else worker.answer(what))
+        pipe.send_bytes(pickle.dumps(_READY))
+        while (what := pickle.loads(pipe.recv_bytes())) is not None:
+            said = worker.start(what) if isinstance(what, Assignment) else worker.answer(what)
+            pipe.send_bytes(pickle.dumps(said))
 
 
 def _die_at_the_end_of(pipe: Connection) -> None:

@@ -52,8 +52,9 @@ class Brackets:
         """Give a trial its bracket, where it has none yet, and ask for its values."""
         known = self._ledger.get(trial.number).user_attrs
         if "bracket" not in known and self._compares:
-            for name, value in self._place(trial.number, trials).items():
-                self._ledger.attribute(trial, name, value)
+            place = self._place(trial.number, trials)
+            for name in ("by", "bracket"):  # in this order: who has a bracket is whole
+                self._ledger.attribute(trial, name, place[name])
         return self._ledger.suggest(trial, self._spaces[known.get("by", "gradient")])
 
     def given(self) -> Mapping[str, Any] | None:
@@ -108,7 +109,7 @@ class Brackets:
                 by=record.by,
                 value=None if record.value is None else sign * record.value,
                 rungs=self._scores({rung: sign * v for rung, v in record.rungs.items()}),
-                gain=outlook.get("gain", 0.0),
+                gains={int(rung): gain for rung, gain in outlook.get("gains", {}).items()},
                 settled=outlook.get("settled", False),
             )
             found.setdefault(place["index"], []).append(member)

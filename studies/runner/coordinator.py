@@ -122,7 +122,10 @@ class Coordinator:
                 return
             message = self._executor.wait(self._patience())
             if message is not None:
+                began = time.monotonic()
                 self._hear(message)
+                for live in self._live.values():  # a full disk of ours is not their time
+                    live.began += time.monotonic() - began
             self._look_at_the_clock()
 
     # Giving out.
@@ -183,14 +186,15 @@ class Coordinator:
         trial = self._ledger.trial(frozen)
         values = self._brackets.enter(trial, self._limits.trials)
         assignment = self._assign(trial, values)
+        cost = TrialRecord.of(frozen).cost  # of earlier stays, as far as it is stored
         self._waiting.discard(number)
         self._on_event(Started(number, self._limits.trials, trial.params, resumed))
         if not self._executor.isolated:
             deaths = self._ledger.count_start(trial, assignment.checkpoint)
             if deaths is not None:
-                self._tell(trial, _failed(number, Failure("died", deaths), Cost()))
+                self._tell(trial, _failed(number, Failure("died", deaths), cost))
                 return
-        self._live[number] = _Live(trial, time.monotonic() - self._used.get(number, 0.0))
+        self._live[number] = _Live(trial, time.monotonic() - self._used.get(number, 0.0), cost)
         self._executor.start(assignment)
 
     # Hearing.
@@ -219,7 +223,7 @@ class Coordinator:
             elif isinstance(message, Lost):
                 self._lose(live, message.failure)
             else:
-                self._ledger.pause(live.trial, message.so_far)
+                self._ledger.pause(live.trial, message.so_far, message.rung)
                 self._waiting.add(message.number)
                 rungs = self._ledger.get(message.number).intermediate_values
                 self._on_event(Paused(message.number, max(rungs, default=0)))
@@ -228,6 +232,9 @@ class Coordinator:
         if self._stopping:
             return Decision.PAUSE
         last = reached.rung == len(self._setting.rungs)
+        known = self._ledger.get(trial.number).intermediate_values
+        if reached.rung < max(known, default=0):  # it was decided before a worker or we died
+            return Decision.GO
         if reached.settled and not last and self._brackets.stops_settled:
             return Decision.FINISH
         verdict = self._brackets.verdict(self._ledger.get(trial.number))

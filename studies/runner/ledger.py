@@ -142,6 +142,11 @@ class Ledger:
         enqueued = any(trial.state is TrialState.WAITING for trial in self._mirror.values())
         if given is not None and not enqueued:
             self.patiently(lambda: self.study.enqueue_trial(dict(given)))
+        # Of a database that is gone, there may be files of a trial of this number.
+        waiting = [n for n, t in self._mirror.items() if t.state is TrialState.WAITING]
+        number = min(waiting, default=len(self._mirror))
+        for path in (self._files.checkpoint(number), self._files.hparams(number)):
+            path.unlink(missing_ok=True)
         trial = self.patiently(self.study.ask)
         self._open[trial.number] = trial
         self._read(trial)
@@ -163,19 +168,23 @@ class Ledger:
         known = self.get(trial.number)
         if reached.rung in known.intermediate_values:
             return False
+        if reached.gain or reached.settled:
+            gains = known.user_attrs.get("outlook", {}).get("gains", {})
+            outlook = {
+                "gains": {**gains, str(reached.rung): reached.gain},
+                "settled": bool(reached.settled),
+            }
+            self.attribute(trial, "outlook", outlook)
+        # Last: a rung that is there is not asked about again.
         if len(self.signs) == 1:
             self.patiently(lambda: trial.report(reached.values[0], reached.rung))
             known.intermediate_values[reached.rung] = reached.values[0]
-        if reached.gain or reached.settled:
-            outlook = {"gain": reached.gain, "settled": bool(reached.settled)}
-            self.attribute(trial, "outlook", outlook)
         return True
 
-    def pause(self, trial: Trial, so_far: Outcome) -> None:
+    def pause(self, trial: Trial, so_far: Outcome, rung: int) -> None:
         """Store what is known of a trial that may not go on."""
         self._describe(trial, so_far)
-        at = max(self.get(trial.number).intermediate_values, default=0)
-        self.attribute(trial, "paused", at)
+        self.attribute(trial, "paused", rung)
 
     def is_described(self, trial: FrozenTrial) -> bool:
         """Whether what is stored of a trial is how it stood at its last rung."""

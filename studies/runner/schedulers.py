@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar
 
@@ -36,7 +36,7 @@ class Member:
         by: who moves the gradient-owned values.
         value: at the end; None until then.
         rungs: value at each rung so far.
-        gain: predicted gain of the next outer step, at the last rung.
+        gains: predicted gain of the next outer step, at each rung so far where there is one.
         settled: whether the gradient had nothing more to give, at the last rung.
     """
 
@@ -45,7 +45,7 @@ class Member:
     by: Kind
     value: float | None
     rungs: Mapping[int, float]
-    gain: float = 0.0
+    gains: Mapping[int, float] = field(default_factory=dict)
     settled: bool = False
 
 
@@ -178,7 +178,7 @@ class Halving(Scheduler):
             scores = {m.number: _score(m, level) for m in survivors}
             ranked = sorted(
                 (m for m in survivors if scores[m.number] is not None),
-                key=lambda m: (scores[m.number], -m.gain, m.number),
+                key=lambda m: (scores[m.number], -_gain(m, level), m.number),
             )
             survivors = ranked[:kept]
             if me not in survivors:
@@ -206,11 +206,21 @@ class Halving(Scheduler):
 
 
 def _score(member: Member, rung: int) -> float | None:
-    """Value at a rung, or where a long step led beyond it, or at an earlier end; None if failed."""
+    """Value at a rung, or at an earlier end; None if failed."""
     if member.state == "failed":
         return None
-    at = min((reached for reached in member.rungs if reached >= rung), default=None)
+    at = _reached(member, rung)
     return member.value if at is None else member.rungs[at]
+
+
+def _gain(member: Member, rung: int) -> float:
+    at = _reached(member, rung)
+    return 0.0 if at is None else member.gains.get(at, 0.0)
+
+
+def _reached(member: Member, rung: int) -> int | None:
+    """The rung, or the one that a long step led to beyond it."""
+    return min((reached for reached in member.rungs if reached >= rung), default=None)
 
 
 def _equal(rungs: int) -> tuple[float, ...]:

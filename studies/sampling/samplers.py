@@ -145,6 +145,8 @@ class SeededSampler(BaseSampler):
         asked = _Asked(study)
         self._sampler.after_trial(cast(Study, asked), trial, state, values)
         self.exhausted = asked.stopped
+        if self.exhausted and not study.user_attrs.get("exhausted"):
+            study.set_user_attr("exhausted", True)  # before the trial is stored
 
 
 class _Asked:

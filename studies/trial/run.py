@@ -30,8 +30,8 @@ Steps = Generator[Reached | Stalled, Decision, Outcome | Paused]
 def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], bool]) -> Steps:
     """Run a trial, from its checkpoint where there is one.
 
-    Yields a message at each rung, takes a decision for it, and returns what came out.  From a
-    checkpoint the last rung is reported again, so that nothing is lost where the decision was.
+    Yields a message at each rung, takes a decision for it, and returns what came out.  A rung is
+    reported again where the checkpoint is from before its decision.
 
     Args:
         setting: of the study.
@@ -49,7 +49,7 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
         saved = load(trial.checkpoint)
         progress.load(saved["progress"])
         kept.load(saved["kept"])
-        passed = max(0, _due(setting, progress) - 1)
+        passed = saved["passed"]
     cadence, last = _Cadence(setting.checkpoint_seconds), len(setting.rungs)
     while True:
         due = _due(setting, progress)
@@ -68,21 +68,21 @@ def run_trial(setting: Setting, trial: Assignment, interrupted: Callable[[], boo
             elif decision is Decision.FINISH and due < last:
                 progress.stop(RunStatus.EARLY_STOPPED, settled or f"finished at rung {due}")
             elif decision is Decision.PAUSE and due < last:
-                yield from _store(progress, kept, trial)
-                return Paused(progress.outcome(progress.record(evaluate_test=False)))
+                yield from _store(progress, kept, trial, due - 1)  # nobody has decided
+                return Paused(progress.outcome(progress.record(evaluate_test=False)), due)
         if progress.status.finished:
             break
         if interrupted():
-            yield from _store(progress, kept, trial)
-            return Paused(progress.outcome(progress.record(evaluate_test=False)))
+            yield from _store(progress, kept, trial, passed)
+            return Paused(progress.outcome(progress.record(evaluate_test=False)), passed)
         progress.advance()
         if cadence.due() and not progress.status.finished:
-            yield from _store(progress, kept, trial)
+            yield from _store(progress, kept, trial, passed)
             cadence.stored()
     record = progress.record(evaluate_test=False)
     if record.state == "complete":
         kept.look(progress)
-    yield from _store(progress, kept, trial)  # the state that `restore` reads
+    yield from _store(progress, kept, trial, passed)  # the state that `restore` reads
     if record.state == "complete":
         kept.put_back(progress)
         record = progress.record(evaluate_test=True)
@@ -141,11 +141,14 @@ def _due(setting: Setting, progress: Progress) -> int:
     return sum(rung <= fraction + 1e-9 for rung in setting.rungs)
 
 
-def _store(progress: Progress, kept: Kept, trial: Assignment) -> Generator[Stalled, Decision, None]:
+def _store(
+    progress: Progress, kept: Kept, trial: Assignment, passed: int
+) -> Generator[Stalled, Decision, None]:
     """Write the checkpoint; where the disk is full, wait until there is room."""
+    state = {"progress": progress.stored(), "kept": kept.stored(), "passed": passed}
     while True:
         try:
-            save(trial.checkpoint, {"progress": progress.stored(), "kept": kept.stored()})
+            save(trial.checkpoint, state)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise

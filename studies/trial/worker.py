@@ -34,7 +34,6 @@ class Worker:
 
     def start(self, trial: Assignment) -> Message:
         """Begin a trial, or go on from its checkpoint; returns its first message."""
-        self._asked = False
         self._number = trial.number
         self._steps = run_trial(self._setting, trial, self._interrupted)
         return self._next(None)
