@@ -159,7 +159,7 @@ class Coordinator:
             if verdict is Verdict.PRUNE and self._ledger.is_described(trial):
                 self._waiting.discard(trial.number)
                 # All else is stored already.
-                pruned = Outcome(TrialRecord(trial.number, "pruned"))
+                pruned = Outcome(TrialRecord(trial.number, "pruned", status="pruned"))
                 self._tell(self._ledger.trial(trial), pruned)
             elif verdict is not Verdict.WAIT:  # one that was killed before it said how it stands
                 ready.append((-max(trial.intermediate_values, default=0), trial.number))

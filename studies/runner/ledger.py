@@ -202,6 +202,8 @@ class Ledger:
         record = outcome.record
         if record.state != "pruned" or record.hparams:
             self._describe(trial, outcome)
+        elif (known := self.get(trial.number).user_attrs.get("run")) is not None:
+            self.attribute(trial, "run", {**known, "status": record.status})
         for name, excess in record.constraints.items():
             self.patiently(lambda n=name, e=excess: _constrain(trial, n, e))  # type: ignore[misc]
         complete = record.state == "complete"

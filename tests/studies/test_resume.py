@@ -54,7 +54,7 @@ def gone_at(number: int, rung: int) -> Callable[[Event], None]:
 
 def numbers(found: Study) -> list[Any]:
     return [
-        (r.number, r.state, r.value, r.at, r.cost.steps, dict(r.metrics), dict(r.rungs))
+        (r.number, r.state, r.status, r.value, r.at, r.cost.steps, dict(r.metrics), dict(r.rungs))
         for r in found.trials
     ]
 
