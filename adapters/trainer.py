@@ -373,6 +373,11 @@ class Trainer(Learner):
             batch = self._now({**{k: v[index] for k, v in data.items()}, "index": index})
             measured = self._level.objective.measure(self.params, self._hparams, batch)
             for name, each in measured.items():
+                if not isinstance(each, Tensor):
+                    raise TypeError(
+                        f"{self.method.name}: measure must return a tensor for each metric, one "
+                        f"value a sample, but {name} is {each!r}."
+                    )
                 totals[name] = totals.get(name, 0.0) + float(each.double().sum())
         return Metrics(
             {name: total / rows for name, total in totals.items()},

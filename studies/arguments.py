@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from bilevel.budget import Budget
 from bilevel.checks import integer
 
 __all__ = ["Direction", "check_run", "directions", "metric_names"]
@@ -65,6 +66,7 @@ def check_run(
     trial_seconds: float | None,
     checkpoint_seconds: float | None,
     keep: str,
+    total: Budget | None,
 ) -> None:
     """Check arguments of `Study.run`.
 
@@ -82,3 +84,5 @@ def check_run(
         raise ValueError(f"checkpoint_seconds must be >= 0, but got {checkpoint_seconds!r}.")
     if keep not in ("best", "last"):
         raise ValueError(f"keep must be 'best' or 'last', but got {keep!r}.")
+    if not isinstance(total, Budget | None):
+        raise ValueError(f"total must be a Budget, but got {total!r}.")

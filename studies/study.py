@@ -33,7 +33,7 @@ from studies.runner.strategy import choose_scheduler, first_points, fitted
 from studies.runner.warm import warm_values
 from studies.sampling.imports import Rows, observations
 from studies.sampling.samplers import derive_seed, make_pruner, make_sampler
-from studies.sampling.spaces import check_owners, samplable, sampled_space
+from studies.sampling.spaces import check_discrete, check_owners, samplable, sampled_space
 from studies.storage.all_trials import all_trials
 from studies.storage.database import (
     check_folder,
@@ -122,6 +122,8 @@ class Study(Readable):
             raise ValueError(f"seed must be below 2**32, but got {seed}.")
         check_owners(self.space, algorithm)
         self._sampler, self._sampler_is_default = make_sampler(sampler, self.seed), sampler is None
+        if str(self._sampler) == "BruteForceSampler":
+            check_discrete(self.space)
         url = parse_storage(storage)
         self.storage = masked(url)
         root = default_folder(url) if folder is None else Path(folder)
@@ -284,7 +286,9 @@ class Study(Readable):
                 its range.
             KeyboardInterrupt: the study can be run again to go on.
         """
-        check_run(trials, rungs, retries, max_failed, trial_seconds, checkpoint_seconds, keep)
+        check_run(
+            trials, rungs, retries, max_failed, trial_seconds, checkpoint_seconds, keep, total
+        )
         if workers is not None:
             integer("workers", workers, minimum=1)
         config = executor_config(executor, workers, killing=trial_seconds is not None)
@@ -293,7 +297,7 @@ class Study(Readable):
         told = on_event or (lambda event: None)
         with coordinator_lock(self.files.study, self.name, self.database):
             grid = first_points(policy, self.space, self.seed) if self._sampler_is_default else []
-            policy = fitted(policy, self.space, len(grid))
+            policy = fitted(policy, self.space, len(grid), self._sampler.enumerates)
             ladder = policy.ladder(trials, rungs)
             ladder = agree_on_run(self._study, self.storage, budget, rungs, policy, ladder, keep)
             setting = self._setting(budget, ladder.rungs, keep, checkpoint_seconds)

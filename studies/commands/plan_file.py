@@ -198,7 +198,10 @@ def _learner(value: Any) -> str | type[Learner]:
         return value
     kind = _import(value, "learner")
     if inspect.isclass(kind) and issubclass(kind, Method):
-        return cast("type[Learner]", Trainer.of(kind))
+        try:
+            return cast("type[Learner]", Trainer.of(kind))
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"learner: {error}") from error
     if not (inspect.isclass(kind) and issubclass(kind, Learner)):
         raise PlanError(f"learner: {value!r} must be a Learner or Method class, but is {kind!r}.")
     return kind
@@ -226,7 +229,9 @@ def _budget(value: Any) -> Budget | int:
             return Budget(**value)
         except (TypeError, ValueError) as error:
             raise PlanError(str(error)) from error
-    return cast(int, value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise PlanError(f"budget must be training steps or a table of limits, but got {value!r}.")
+    return value
 
 
 def _table(value: Any, where: str) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def run_study(
     check_folder(out, "--out")
     try:
         study = plan.open(storage or out / DATABASE, out)
-    except ValueError:  # an argument that cannot be
+    except Exception:  # an argument that cannot be
         if made:
             shutil.rmtree(out)
         raise
@@ -119,8 +119,8 @@ def run_study(
                 raise PlanError(f"--learn: there is no file {source!r}.")
             study.learn(Path(source) if table else StoredStudy(source), name=source)
         _run(plan, study, spec, out, quiet, as_json)
-    except (ValueError, FileNotFoundError):
-        if new and not study.trials:  # a metric or a budget that cannot be: no reason to keep it
+    except Exception:
+        if new and not study.trials:  # a metric or a learner that cannot be: no reason to keep it
             (out / SPEC).unlink()
             optuna.delete_study(study_name=plan.name, storage=study.database)
             if made:

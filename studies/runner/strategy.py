@@ -59,8 +59,13 @@ def first_points(scheduler: Scheduler, space: Space, seed: int) -> list[dict[str
     return order
 
 
-def fitted(scheduler: Scheduler, space: Space, first: int) -> Scheduler:
-    """Return the scheduler with brackets of the points that come first, where it left that open."""
+def fitted(scheduler: Scheduler, space: Space, first: int, enumerates: bool) -> Scheduler:
+    """Return the scheduler with brackets of the points that come first, where it left that open.
+
+    A sampler that enumerates has no values for what the gradient owns: no trials of other kinds.
+    """
+    if isinstance(scheduler, Halving) and enumerates:
+        scheduler = replace(scheduler, mix=False)
     if not isinstance(scheduler, Halving) or scheduler.most is not None:
         return scheduler
     if not space.sampled:  # the same trial again and again: one at a time

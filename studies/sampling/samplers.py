@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -54,7 +56,16 @@ def make_sampler(sampler: BaseSampler | str | None, seed: int) -> SeededSampler:
         raise ValueError(
             f"sampler must be one of {sorted(SAMPLERS)} or an object, but got {name!r}."
         )
-    return SeededSampler(SAMPLERS[name](seed), seed)
+    with _experiments():
+        return SeededSampler(SAMPLERS[name](seed), seed)
+
+
+@contextlib.contextmanager
+def _experiments() -> Iterator[None]:
+    """Who asks for one by name need not hear that Optuna may change it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
 
 
 def make_pruner(pruner: BasePruner | str | None) -> BasePruner:
@@ -69,7 +80,8 @@ def make_pruner(pruner: BasePruner | str | None) -> BasePruner:
     if name not in PRUNERS:
         raise ValueError(f"pruner must be one of {sorted(PRUNERS)} or an object, but got {name!r}.")
     try:
-        return PRUNERS[name]()
+        with _experiments():
+            return PRUNERS[name]()
     except (TypeError, ValueError) as error:
         raise ValueError(f"pruner {name!r} needs options, so an object: {error}") from error
 
@@ -89,7 +101,8 @@ class SeededSampler(BaseSampler):
     have drawn, even when it was killed between two draws of one trial.
 
     Attributes:
-        exhausted: whether a sampler that enumerates (grid, brute force) has nothing left.
+        enumerates: whether the sampler goes through all values (grid, brute force).
+        exhausted: whether a sampler that enumerates has nothing left.
 
     Args:
         sampler: any Optuna sampler; one whose generators are not Optuna's keeps its own stream.
@@ -99,6 +112,8 @@ class SeededSampler(BaseSampler):
     def __init__(self, sampler: BaseSampler, seed: int) -> None:
         self._sampler = sampler
         self._seed = seed
+        enumerating = (optuna.samplers.BruteForceSampler, optuna.samplers.GridSampler)
+        self.enumerates = isinstance(sampler, enumerating)
         self.exhausted = False
         self._generators = list(_generators(sampler, set()))
 

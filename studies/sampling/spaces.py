@@ -13,7 +13,15 @@ from bilevel.dimensions import Scalar, dimensions, options
 from bilevel.domains import Choice, Grad, Int, Switch
 from bilevel.space import Space
 
-__all__ = ["check_owners", "combinations", "distance", "points", "samplable", "sampled_space"]
+__all__ = [
+    "check_discrete",
+    "check_owners",
+    "combinations",
+    "distance",
+    "points",
+    "samplable",
+    "sampled_space",
+]
 
 ONE_BY_ONE = 32
 """Elements up to which a tensor is sampled element by element; a larger one shares one value."""
@@ -57,6 +65,25 @@ def check_owners(space: Space, algorithm: OuterAlgorithm[Any] | None) -> None:
     if algorithm is not None and not space.grad:
         raise ValueError(
             f"algorithm: the gradient owns none of {list(space)}, but got {algorithm!r}."
+        )
+
+
+def check_discrete(space: Space) -> None:
+    """Refuse a space that brute force cannot go through.
+
+    Raises:
+        ValueError: names what is continuous.
+    """
+    discrete = Choice | Switch | Int
+    smooth = [
+        name
+        for name in space.sampled
+        if not all(isinstance(part.domain, discrete) for part in dimensions(space, name))
+    ]
+    if smooth:
+        raise ValueError(
+            f"sampler: brute force goes through all values, but {smooth} are continuous; give them "
+            "to the gradient, or fix them with space.fix(...)."
         )
 
 

@@ -169,6 +169,8 @@ def read_spec(folder: Path) -> dict[str, Any]:
         spec = json.loads(path.read_text(encoding="utf-8"))
         if spec["format"] != 1 or not isinstance(spec["study"], str):
             raise ValueError(f"format {spec['format']!r}")
+        if missing := {"storage", "plan", "overrides"} - set(spec):
+            raise ValueError(f"{', '.join(sorted(missing))} missing")
     except (ValueError, KeyError, TypeError) as error:
         raise StorageError(f"{str(path)!r} is not readable: {error}.") from error
     return dict(spec)

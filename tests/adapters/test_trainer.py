@@ -215,3 +215,17 @@ def test_costs_count_steps_and_gradients() -> None:
     assert (total.steps, total.gradients, total.hvps) == (4, 4, 0)
     assert total.seconds > 0
     assert learner.evaluate("val").cost.gradients == 0
+
+
+def test_a_metric_that_is_no_tensor_is_refused() -> None:
+    class Wrong(methods.Linear):
+        """A metric that is a text."""
+
+        name = "wrong"
+
+        def measure(self, model: Any, hparams: Any, batch: Any) -> Any:
+            """No numbers."""
+            return {"loss": "0.5"}
+
+    with pytest.raises(TypeError, match=r"wrong: measure must return a tensor.*loss is '0\.5'"):
+        trainer(Wrong).evaluate("val")

@@ -40,7 +40,7 @@ def _continue(storage: Any, sampler: Any, trials: int, seed: int = 3) -> optuna.
     return study
 
 
-@pytest.mark.parametrize("name", [n for n in SAMPLERS if n not in {"gp", "cmaes"}])
+@pytest.mark.parametrize("name", [n for n in SAMPLERS if n != "gp"])
 def test_broken_study_draws_what_the_uninterrupted_one_draws(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -99,8 +99,7 @@ def test_study_seed_changes_the_points() -> None:
 
 
 def test_enumeration_says_when_nothing_is_left() -> None:
-    with pytest.warns(optuna.exceptions.ExperimentalWarning):
-        sampler = make_sampler("bruteforce", 0)
+    sampler = make_sampler("bruteforce", 0)
     study = optuna.create_study(sampler=sampler)
     seen = set()
     while not sampler.exhausted:

@@ -154,6 +154,7 @@ def test_another_space_or_seed_is_refused_with_a_diff(tmp_path: Path) -> None:
         ({"algorithm": None}, "algorithm: the gradient owns"),
         ({"sampler": "best"}, "sampler must be one of"),
         ({"pruner": "best"}, "pruner must be one of"),
+        ({"sampler": "bruteforce"}, r"brute force goes through all values, but \['lr'"),
         ({"direction": "up"}, "direction must be"),
         ({"name": " "}, "name must be a text"),
     ],
