@@ -120,7 +120,7 @@ class TrialRecord:
             seed=attrs.get("run", {}).get("seed"),
             status=attrs.get("run", {}).get("status", ""),
             at=attrs.get("run", {}).get("at"),
-            failure=Failure(**failure) if failure else None,
+            failure=Failure(**failure) if failure and trial.state is TrialState.FAIL else None,
             rungs=dict(trial.intermediate_values),
             constraints=dict(trial.constraints),
             by=attrs.get("by", "gradient"),

@@ -47,7 +47,8 @@ class _Remote:
         self._file, self._sent = self._folder / trial.checkpoint.name, 0
         self._file.unlink(missing_ok=True)
         if state is not None:
-            self._file.write_bytes(state)
+            with replacing(self._file) as file:  # `checkpoint` may look meanwhile
+                file.write(state)
             self._sent = self._file.stat().st_mtime_ns
         message = self._worker.start(replace(trial, checkpoint=self._file))
         return message, self.checkpoint()
@@ -189,11 +190,13 @@ class Cluster(Executor):
         assert trial is not None
         try:
             message, state = self._ray.get(node.reply)
-        except self._ray.exceptions.RayActorError as error:
+        except self._ray.exceptions.RayError as error:
             if not self._is_there():  # the trial is not to blame
                 return None
             self._replace(node)
             said = str(error).strip().splitlines()[0]
+            if isinstance(error, self._ray.exceptions.OutOfMemoryError):
+                return Lost(trial.number, Failure("out of memory", said))
             return Lost(trial.number, Failure("died", f"worker died: {said}"))
         node.reply = None
         self._seen(node)  # older than what came with the message
@@ -263,8 +266,11 @@ class Cluster(Executor):
     def _welcome(self, node: _Node) -> None:
         try:
             node.ready = bool(self._ray.get(node.sign))
-        except self._ray.exceptions.RayActorError:  # its node is gone: try another
-            if self._is_there():
+        except self._ray.exceptions.RayActorError as error:
+            if getattr(error, "actor_init_failed", False):  # another one would fail, too
+                said = str(error).strip().splitlines()[-1]
+                raise ExecutorError(f"ray: an actor does not start: {said}") from error
+            if self._is_there():  # its node is gone: try another
                 self._replace(node)
         except self._ray.exceptions.RayError as error:
             said = str(error).strip().splitlines()[-1]
@@ -285,7 +291,7 @@ class Cluster(Executor):
         """Keep the checkpoint that was asked for."""
         if node.look is None or node.trial is None:
             return
-        with contextlib.suppress(self._ray.exceptions.RayActorError):  # its next reply says so
+        with contextlib.suppress(self._ray.exceptions.RayError):  # its next reply says so
             _keep(node.trial, self._ray.get(node.look))
         node.look = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import pickle
 import resource
@@ -27,6 +28,9 @@ from studies.record import Failure
 __all__ = ["Pool"]
 
 _READY = "ready"
+
+MOST_UNREADY = 3
+"""Replacements in a row that may die while they start."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,11 @@ class Pool(Executor):
         self._threads, self._memory = threads, memory
         dealt = [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
         self._processes: list[_Process] = []
+        self._began = False  # whether any worker was ready
+        self._unready = 0  # that died in a row before they were
         try:
-            self._processes = [self._spawn(gpu) for gpu in dealt]
+            for gpu in dealt:
+                self._processes.append(self._spawn(gpu))
         except BaseException:
             self.close()
             raise
@@ -210,7 +217,8 @@ class Pool(Executor):
             said = None
         message = None if said is None else pickle.loads(said)
         if message == _READY:
-            worker.ready = True
+            worker.ready = self._began = True
+            self._unready = 0
             return None
         if message is not None:
             if isinstance(message, Outcome | Paused):
@@ -222,10 +230,18 @@ class Pool(Executor):
         if code is None:
             return None
         if not worker.ready:
-            raise ExecutorError(
-                f"workers: a worker process ended before it was ready ({_ending(code)}); a script "
-                "that runs a study with workers must do so below `if __name__ == '__main__':`."
-            )
+            self._unready += 1
+            if not self._began:
+                raise ExecutorError(
+                    f"workers: a worker process ended before it was ready ({_ending(code)}); a "
+                    "script that runs a study with workers must do so below "
+                    "`if __name__ == '__main__':`."
+                )
+            if self._unready == MOST_UNREADY:
+                raise ExecutorError(
+                    f"workers: {MOST_UNREADY} processes in a row ended before they were ready; the "
+                    f"last one {_ending(code)}."
+                )
         self._replace(worker)
         return None if number is None else Lost(number, Failure("died", f"worker {_ending(code)}"))
 
@@ -238,6 +254,8 @@ def _serve(pipe: Connection, ending: Connection, path: str, limits: _Limits) -> 
     """The life of a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_at_the_end_of(ending)
+    # A daemon may have no children, and a learner may have data loaders with processes.
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     os.environ.clear()
     os.environ.update(limits.environment)
     from studies.trial.worker import Worker

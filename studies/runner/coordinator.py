@@ -115,7 +115,9 @@ class Coordinator:
             if self._interrupt.requested and not self._stopping:
                 self._stopping = True
                 self._executor.interrupt()
+            began = time.monotonic()
             more = not self._stopping and self._give_out()
+            self._excuse(time.monotonic() - began)
             if not self._live and not more:
                 if self._stopping:
                     raise KeyboardInterrupt
@@ -124,8 +126,7 @@ class Coordinator:
             if message is not None:
                 began = time.monotonic()
                 self._hear(message)
-                for live in self._live.values():  # a full disk of ours is not their time
-                    live.began += time.monotonic() - began
+                self._excuse(time.monotonic() - began)
             self._look_at_the_clock()
 
     # Giving out.
@@ -268,6 +269,11 @@ class Coordinator:
         self._check_failures()
 
     # The clock.
+
+    def _excuse(self, seconds: float) -> None:
+        """What this process did meanwhile, waiting for a full disk included, is not their time."""
+        for live in self._live.values():
+            live.began += seconds
 
     def _patience(self) -> float:
         """Seconds until something must be done even if nobody says anything."""

@@ -34,6 +34,8 @@ MAX_DEATHS = 10
 FULL_SECONDS = 1.0
 """Wall time between two tries to write to a full disk."""
 
+_POSTGRESQL_DISK_FULL = "53100"
+
 _T = TypeVar("_T")
 
 
@@ -282,8 +284,11 @@ def _disk_full(error: BaseException, folder: Path) -> bool:
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if isinstance(cause, sqlalchemy.exc.OperationalError) and "full" in str(cause.orig):
-            return True
+        if isinstance(cause, sqlalchemy.exc.OperationalError):
+            if getattr(cause.orig, "sqlstate", None) == _POSTGRESQL_DISK_FULL:
+                return True
+            if "database or disk is full" in str(cause.orig):
+                return True
         cause = cause.__cause__ or cause.__context__
     # Optuna asserts after a write that did not happen.
     storage = (AssertionError, optuna.exceptions.StorageInternalError)

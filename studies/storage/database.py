@@ -135,7 +135,9 @@ def open_storage(url: URL, *, create: bool = True) -> RDBStorage:
     sqlite = url.get_backend_name() == "sqlite"
     if sqlite:
         _check_sqlite(Path(str(url.database)), create)
-    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT}} if sqlite else {}
+    options: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT}}
+    if not sqlite:  # servers and firewalls end connections that are idle
+        options = {"pool_pre_ping": True}
     # Which driver a bare postgresql:// means depends on the version of SQLAlchemy.
     full = url.set(drivername="postgresql+psycopg") if url.drivername == "postgresql" else url
     try:

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -81,7 +81,9 @@ def _server_lock(database: RDBStorage, study: str, me: str) -> Iterator[None]:
         try:
             yield
         finally:
-            held.execute(sqlalchemy.text(_UNLOCK), numbers)
+            # Where the connection has ended, so has the lock.
+            with suppress(sqlalchemy.exc.SQLAlchemyError):
+                held.execute(sqlalchemy.text(_UNLOCK), numbers)
 
 
 def lock_holder(folder: Path) -> str:

@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from bilevel.metrics import Cost, RunStatus
 from studies.messages import Assignment, Outcome, Setting
 from studies.record import Failure, TrialRecord, as_metrics, as_numbers
@@ -116,7 +118,10 @@ class Progress(ABC):
     def outcome(self, record: TrialRecord) -> Outcome:
         """Return a record with everything that is stored beside it."""
         passed_on = record.state != "failed" and self.improved()
-        return Outcome(record, self.files(), self.hparams() if passed_on else {})
+        values = self.hparams() if passed_on else {}
+        # The coordinator may have no such device.
+        here = {n: v.cpu() if isinstance(v, Tensor) else v for n, v in values.items()}
+        return Outcome(record, self.files(), here)
 
     def record(self, *, evaluate_test: bool) -> TrialRecord:
         """Return the record of the trial as it is now."""

@@ -13,8 +13,11 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from adapters import tasks
+from bilevel.metrics import Metrics
 from studies import Study
 from studies.events import Event, Finished, Retried
 from studies.executors.base import ExecutorError
@@ -203,3 +206,48 @@ def test_events_come_in_order(tmp_path: Path) -> None:
     Study("t", Trivial, TASK, tmp_path / "t.db").run(3, 1, on_event=events.append)
     assert [type(e).__name__ for e in events] == ["Started", "Rung", "Finished"] * 3
     assert [e.record.number for e in events if isinstance(e, Finished)] == [0, 1, 2]
+
+
+class Loading(Walker):
+    """A learner whose data come from processes of its own."""
+
+    def step(self) -> Metrics:
+        """Walk, and load."""
+        rows = torch.arange(4)
+        loader = DataLoader(TensorDataset(rows), num_workers=1)
+        assert [int(row) for (row,) in loader] == rows.tolist()
+        return super().step()
+
+
+def test_a_learner_in_a_pool_may_have_processes_of_its_own(tmp_path: Path) -> None:
+    space = Walker.space.fix(pace=0.0)
+    found = Study("l", Loading, TASK, tmp_path / "l.db", space=space, sampler="random")
+    found.run(1, 2, rungs=1, executor="pool")
+    assert [str(record.failure or "") for record in found.trials] == [""]
+
+
+def test_an_idle_worker_that_dies_is_replaced(tmp_path: Path) -> None:
+    """Also where its replacement dies before it is ready, as under the kernel's OOM killer."""
+    from studies.executors.pool import Pool
+
+    spawned: list[Any] = []
+    original = Pool._spawn
+
+    def spawn(self: Pool, gpu: int | None) -> Any:
+        worker = original(self, gpu)
+        spawned.append(worker)
+        if len(spawned) == 3:  # the first replacement
+            worker.process.kill()
+        return worker
+
+    def kill_first(event: Event) -> None:
+        if isinstance(event, Finished) and event.record.number == 0:
+            spawned[0].process.kill()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pool, "_spawn", spawn)
+        space = Walker.space.fix(pace=0.01)
+        found = Study("i", Walker, TASK, tmp_path / "i.db", space=space, sampler="random")
+        found.run(6, 20, workers=2, on_event=kill_first, retries=2)
+    assert {record.state for record in found.trials} == {"complete"}
+    assert len(spawned) >= 4
