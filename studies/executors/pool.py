@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -28,6 +29,18 @@ from studies.record import Failure
 __all__ = ["Pool"]
 
 _READY = "ready"
+
+_ENDS: weakref.WeakSet[Connection] = weakref.WeakSet()
+"""The coordinator's ends of all pipes."""
+
+
+def _close_ends() -> None:
+    for end in list(_ENDS):
+        end.close()
+
+
+# A process that this one forks must not hold them open: workers would outlive their coordinator.
+os.register_at_fork(after_in_child=_close_ends)
 
 MOST_UNREADY = 3
 """Replacements in a row that may die while they start."""
@@ -49,6 +62,7 @@ class _Process:
         self, process: ForkServerProcess, pipe: Connection, alive: Connection, gpu: int | None
     ) -> None:
         self.process, self.pipe, self.alive, self.gpu = process, pipe, alive, gpu
+        _ENDS.update((pipe, alive))
         self.ready = False
         self.number: int | None = None
 

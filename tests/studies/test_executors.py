@@ -86,26 +86,52 @@ def test_a_worker_that_dies_again_fails_the_trial_and_not_the_study(
 
 
 HANGING = """
-import sys
+import os, sys, threading, time
 from pathlib import Path
+folder = Path(sys.argv[1])
+def fork():  # what a coordinator with workers forks must not keep them alive
+    while not list(folder.glob("hangs-*")):
+        time.sleep(0.05)
+    pid = os.fork()
+    if pid == 0:
+        time.sleep(120)
+        os._exit(0)
+    Path(folder, "new").write_text(str(pid))
+    os.rename(folder / "new", folder / "forked")
+if sys.argv[2:]:
+    threading.Thread(target=fork).start()
 from tests.studies.test_executors import behaving
-behaving(Path(sys.argv[1]), "hang").run(
-    3, 10, workers=3)
+behaving(folder, "hang").run(3, 10, workers=3)
 """
 
 
-def test_workers_end_with_a_killed_coordinator_in_the_middle_of_a_step(tmp_path: Path) -> None:
+@pytest.mark.parametrize("forks", [[], ["fork"]])
+def test_workers_end_with_a_killed_coordinator_in_the_middle_of_a_step(
+    forks: list[str], tmp_path: Path
+) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", HANGING, str(tmp_path)], cwd=Path(__file__).parents[2],
+        [sys.executable, "-c", HANGING, str(tmp_path), *forks], cwd=Path(__file__).parents[2],
         env={**os.environ, "BEHAVING_FOLDER": str(tmp_path)},
     ) as child:  # fmt: skip
         while len(list(tmp_path.glob("hangs-*"))) < 3:  # each is in a step that never returns
             assert child.poll() is None
             time.sleep(0.05)
-        family = psutil.Process(child.pid).children(recursive=True)
+        while forks and not (tmp_path / "forked").exists():
+            time.sleep(0.05)
+        family = set(psutil.Process(child.pid).children(recursive=True))
         child.kill()
+    forked = {process for process in family if forks and process.pid == pid_in(tmp_path / "forked")}
+    if forks:  # Python's own two helpers end with the fork: it has their pipes, too
+        pids = {pid_in(file) for file in tmp_path.glob("hangs-*")}
+        family = {process for process in family if process.pid in pids}
     _, alive = psutil.wait_procs(family, timeout=30)
+    for process in forked:
+        process.kill()
     assert not alive
+
+
+def pid_in(file: Path) -> int:
+    return int(file.name.partition("-")[2] or file.read_text())
 
 
 PRELOADING = """
