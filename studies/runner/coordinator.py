@@ -55,11 +55,15 @@ class Limits:
 
 @dataclass
 class _Live:
-    """A trial at a worker; `began` is earlier by the seconds of its earlier stays."""
+    """A trial at a worker; `began` is earlier by the seconds of its earlier stays.
+
+    `ahead` is what it may spend until it reports again, as far as that can be told.
+    """
 
     trial: Trial
     began: float
     cost: Cost = field(default_factory=Cost)
+    ahead: Cost = field(default_factory=Cost)
     answer_at: float | None = None
     stalled: bool = False
 
@@ -178,7 +182,7 @@ class Coordinator:
             return True
         spent = self._ledger.spent(self._live)
         for live in self._live.values():
-            spent += live.cost
+            spent += live.cost + live.ahead
         spent = Cost(spent.steps, spent.gradients, spent.hvps, time.monotonic() - self._began)
         return self._limits.total.refuses(spent, 0, ahead) is None
 
@@ -195,7 +199,9 @@ class Coordinator:
             if deaths is not None:
                 self._tell(trial, _failed(number, Failure("died", deaths), cost))
                 return
-        self._live[number] = _Live(trial, time.monotonic() - self._used.get(number, 0.0), cost)
+        ahead = Cost() if resumed else self._first()
+        began = time.monotonic() - self._used.get(number, 0.0)
+        self._live[number] = _Live(trial, began, cost, ahead)
         self._executor.start(assignment)
 
     # Hearing.
@@ -203,7 +209,7 @@ class Coordinator:
     def _hear(self, message: Message) -> None:
         live = self._live[message.number]
         if isinstance(message, Reached):
-            live.cost, live.stalled = message.cost, False
+            live.cost, live.ahead, live.stalled = message.cost, Cost(), False
             if self._ledger.report(live.trial, message):
                 of = len(self._setting.rungs)
                 self._on_event(Rung(message.number, message.rung, of, message.values[0]))
@@ -243,9 +249,18 @@ class Coordinator:
             return Decision.PRUNE
         if verdict is Verdict.WAIT:
             return Decision.PAUSE
-        if not last and not self._affords(self._ahead(reached)):
-            return Decision.FINISH
+        if not last:
+            ahead = self._ahead(reached)
+            if not self._affords(ahead):
+                return Decision.FINISH
+            self._live[trial.number].ahead = ahead
         return Decision.GO
+
+    def _first(self) -> Cost:
+        """What a new trial will cost up to its first rung."""
+        share, budget = self._setting.rungs[0], self._setting.budget
+        steps, work = round(share * (budget.steps or 0)), budget.equivalent_steps or 0
+        return Cost(steps, max(steps, round(share * work)))
 
     def _ahead(self, reached: Reached) -> Cost:
         """What a trial will cost up to its next rung, if it goes on as before."""

@@ -139,3 +139,10 @@ def test_a_total_counts_what_a_paused_trial_has_cost_before_it_reports_again(
     found.run(27, 90, total=Budget(steps=30), on_event=note, workers=2, **options)
     assert all(event.resumed for event in started)
     assert len(found.trials) == 3
+
+
+def test_several_workers_share_a_total(tmp_path: Path) -> None:
+    space = Walker.space.fix(pace=0.02)
+    found = Study("w", Walker, nothing(), tmp_path / "w.db", space=space, sampler="random")
+    found.run(20, 20, rungs=4, workers=3, total=Budget(steps=30))
+    assert sum(record.cost.steps for record in found.trials) <= 30
