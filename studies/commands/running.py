@@ -26,6 +26,7 @@ from studies.commands.plan_file import (
 )
 from studies.commands.screen import progress
 from studies.events import Event
+from studies.executors.base import ExecutorError
 from studies.plan import Plan, PlanError
 from studies.storage.database import (
     StorageError,
@@ -36,6 +37,7 @@ from studies.storage.database import (
     parse_storage,
 )
 from studies.storage.layout import DATABASE, SPEC
+from studies.storage.locks import LockedError
 from studies.storage.versions import versions
 from studies.study import Study
 from studies.views.readable import NoResultError
@@ -119,6 +121,8 @@ def run_study(
                 raise PlanError(f"--learn: there is no file {source!r}.")
             study.learn(Path(source) if table else StoredStudy(source), name=source)
         _run(plan, study, spec, out, quiet, as_json)
+    except (ExecutorError, LockedError, StoppedError):  # `resume` can go on
+        raise
     except Exception:
         if new and not study.trials:  # a metric or a learner that cannot be: no reason to keep it
             (out / SPEC).unlink()
